@@ -1,0 +1,18 @@
+# Two commands: `make demo` and `make test`. Each makes .venv first.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test
+
+demo: $(VENV)/ready
+	$(RUN) -m minitau.demo $(ARGS)
+
+test: $(VENV)/ready
+	$(RUN) -m pytest $(ARGS)
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("minitau needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@

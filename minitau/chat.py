@@ -1,0 +1,235 @@
+"""Tokens in, tokens out: renders what the agent hears, parses what it said.
+
+The checkpoint's own chat template decides the text. A conversation is rendered once, at its
+opening; from then on each batch of messages becomes a *delta* of ids that is appended, so what was
+sampled stays id for id where it was. This file knows two dialects and no domain:
+
+  native       plain text speaks to the customer, <tool_call>{...}</tool_call> calls a tool
+  single-call  every turn is exactly one tool call; `respond` speaks and `done` ends the conversation
+
+Parsing reads JSON and nothing else: no text of the model is ever evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minitau.episode import Action, BadInput, Call, Message, Opening
+
+DIALECTS = ("native", "single-call")
+TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
+SENTINEL = "sentinel-of-minitau"  # stands for the agent's reply when a delta is rendered
+
+RESPOND = {
+    "type": "function",
+    "function": {
+        "name": "respond",
+        "description": "Say something to the customer.",
+        "parameters": {
+            "type": "object",
+            "properties": {"content": {"type": "string"}},
+            "required": ["content"],
+        },
+    },
+}
+DONE = {
+    "type": "function",
+    "function": {
+        "name": "done",
+        "description": "End the conversation.",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
+SINGLE_CALL_RULE = (
+    "\n\nEvery reply must be exactly one tool call and nothing else. "
+    "Speak to the customer with `respond`; end the conversation with `done`."
+)
+
+
+class ChatError(BadInput):
+    """A tokenizer or chat template that minitau cannot speak through, in one line."""
+
+
+class MalformedReply(ValueError):
+    """The agent's reply is not one of the things an agent can do; the text tells it why."""
+
+
+class Chat:
+    """The bridge between messages and ids for one tokenizer and one dialect. Thread-safe.
+
+    tokenizer: a transformers tokenizer with a chat template whose assistant messages end with its
+    eos token. dialect: one of DIALECTS. Raises ChatError if the template cannot be continued.
+    """
+
+    def __init__(self, tokenizer: Any, dialect: str = "native"):
+        if dialect not in DIALECTS:
+            raise ChatError(f"unknown dialect {dialect!r}; choose from {', '.join(DIALECTS)}")
+        if not getattr(tokenizer, "chat_template", None) or tokenizer.eos_token_id is None:
+            raise ChatError("the tokenizer has no chat template or no eos token; use a chat checkpoint's")
+        self.tokenizer = tokenizer
+        self.dialect = dialect
+        self.eos_id: int = tokenizer.eos_token_id
+        # A reply may also end with a plain end of text, as Qwen3's generation config allows.
+        end_of_text = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        self.stop_ids = frozenset({self.eos_id} | ({end_of_text} if isinstance(end_of_text, int) else set()))
+        self.lock = threading.Lock()  # fast tokenizers are not safe to share between threads
+        self.delta_text([Message("user", "x")])  # fails here, not in the middle of an episode
+
+    # -- rendering: what the agent hears ----------------------------------------------------------
+
+    def open(self, opening: Opening) -> list[int]:
+        """Ids of everything up to where the agent's first reply begins."""
+        policy, tools = opening.policy, list(opening.tools)
+        if self.dialect == "single-call":
+            policy, tools = policy + SINGLE_CALL_RULE, [*tools, RESPOND, DONE]
+        messages = [Message("system", policy), *opening.messages]
+        return self.encode(self.render([self.as_dict(m) for m in messages], tools, reply_next=True))
+
+    def extend(self, ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
+        """The whole next prompt: `ids`, unchanged, then `messages`, then the head of the next reply.
+
+        `ids` ends with what the agent said. If it did not stop by itself (cut at a length, or ended
+        with end of text), its message is closed with eos first.
+        """
+        close = [] if ids[-1] == self.eos_id else [self.eos_id]
+        return [*ids, *close, *self.encode(self.delta_text(messages))]
+
+    def delta_text(self, messages: Sequence[Message]) -> str:
+        """What the template writes between the eos of one reply and the beginning of the next."""
+        before = [{"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL}]
+        text = self.render(before + [self.as_dict(m) for m in messages], None, reply_next=True)
+        _, found, after = text.partition(SENTINEL)
+        eos = self.tokenizer.eos_token
+        if not found or not after.startswith(eos):
+            raise ChatError(f"the chat template does not end an assistant message with {eos!r}")
+        return after.removeprefix(eos)
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, reply_next: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools or None,
+            tokenize=False,
+            add_generation_prompt=reply_next,
+            enable_thinking=False,  # Qwen3's hybrid template; others ignore it
+        )
+
+    def encode(self, text: str) -> list[int]:
+        with self.lock:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        with self.lock:
+            return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def as_dict(self, message: Message) -> dict[str, Any]:
+        """A message as templates take it. Nobody but the template may write control tokens."""
+        text = self.write_text(message) if message.role == "assistant" else message.content
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, token[0] + " " + token[1:])
+        return {"role": message.role, "content": text}
+
+    # -- the agent's side: what it said, and how a demonstration would say it ----------------------
+
+    def write(self, message: Message) -> list[int]:
+        """Ids of an assistant message as this dialect would have sampled it, eos included."""
+        return [*self.encode(self.as_dict(message)["content"]), self.eos_id]
+
+    def write_text(self, message: Message) -> str:
+        calls = message.calls
+        if self.dialect == "single-call" and not calls and not TOOL_CALL.search(message.content):
+            return call_text(Call("respond", {"content": message.content}))
+        parts = [message.content] if message.content else []
+        return "\n".join(parts + [call_text(call) for call in calls])
+
+    def parse(self, ids: Sequence[int], tools: Sequence[dict[str, Any]], cut: bool = False) -> Action:
+        """What the agent did by saying `ids`. Never raises: a reply that is no action has `.error`.
+
+        `tools` are the schemas of the opening; `cut` says that the reply hit its length limit.
+        """
+        said = [i for i in ids if i not in self.stop_ids]
+        text = self.decode(said)
+        try:
+            if cut:
+                raise MalformedReply("the reply was too long and was cut off; be brief")
+            return self.parse_text(text, {tool["function"]["name"] for tool in tools})
+        except MalformedReply as error:
+            return Action(text=text, error=str(error))
+
+    def parse_text(self, text: str, names: set[str]) -> Action:
+        """The action that `text` is. Raises MalformedReply with what to tell the agent."""
+        text = THOUGHT.sub("", text, count=1)
+        spoken = TOOL_CALL.sub("", text).strip()
+        if "<tool_call>" in spoken or "</tool_call>" in spoken:
+            raise MalformedReply("a <tool_call> was opened but not closed, or closed but not opened")
+        calls = tuple(parse_call(body) for body in TOOL_CALL.findall(text))
+        if self.dialect == "single-call":
+            return single_call(calls, names)
+        for call in calls:
+            check_name(call, names)
+        if not calls and not spoken:
+            raise MalformedReply("the reply was empty; say something or call a tool")
+        return Action(text=spoken, calls=calls)
+
+
+def call_text(call: Call) -> str:
+    body = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
+    return f"<tool_call>\n{body}\n</tool_call>"
+
+
+def single_call(calls: tuple[Call, ...], names: set[str]) -> Action:
+    if len(calls) != 1:
+        raise MalformedReply(f"a reply must be exactly one tool call, this one had {len(calls)}")
+    call = calls[0]
+    if call.name == "done":
+        return Action(done=True)
+    if call.name == "respond":
+        content = call.arguments.get("content")
+        if not isinstance(content, str) or not content.strip():
+            raise MalformedReply("respond needs `content`, a text that is not empty")
+        return Action(text=content)
+    check_name(call, names | {"respond", "done"})
+    return Action(calls=calls)
+
+
+def check_name(call: Call, names: set[str]) -> None:
+    if call.name not in names:
+        raise MalformedReply(f"there is no tool {call.name!r}; the tools are: {', '.join(sorted(names))}")
+
+
+def parse_call(body: str) -> Call:
+    """The one JSON object {"name": str, "arguments": object} in `body`. Raises MalformedReply."""
+    try:
+        row = json.loads(body, parse_constant=refuse_constant)
+        # Lone surrogates pass the JSON reader and break every file and tokenizer after it.
+        json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise MalformedReply(f"a tool call is not valid JSON: {str(error)[:100]}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+        raise MalformedReply('a tool call must be {"name": ..., "arguments": {...}}')
+    arguments = row.get("arguments", {})
+    if not isinstance(arguments, dict):
+        raise MalformedReply("the arguments of a tool call must be a JSON object")
+    return Call(row["name"], arguments)
+
+
+def refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def load_chat(model_dir: str | Path, dialect: str) -> Chat:
+    """The Chat of a Hugging Face directory. Raises ChatError in one line."""
+    from transformers import AutoTokenizer
+
+    if not (Path(model_dir) / "tokenizer_config.json").is_file():
+        raise ChatError(f"{model_dir}: no tokenizer_config.json here; give a Hugging Face model directory")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ChatError(f"{model_dir}: tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
+    return Chat(tokenizer, dialect)

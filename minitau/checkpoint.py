@@ -1,0 +1,261 @@
+"""Files in and out: Hugging Face directories of a dense Qwen3, and checkpoints to resume from.
+
+A checkpoint is one folder, `RUN/checkpoints/step-000010/`, with `state.json` (step, curriculum,
+whatever else the stage keeps), `state/` (fp32 weights and optimizer, a shard a rank) and `model/`
+(a Hugging Face directory that eval.py, transformers and SGLang load). It is written beside its
+place under another name and renamed when whole, so a crash leaves the previous one as it was.
+No random state is kept because there is none: every draw is seeded by (seed, step, task, sample).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minitau import parallel
+from minitau.episode import BadInput
+from minitau.model import ModelConfig, Qwen3
+
+SHARD_BYTES = 4 << 30
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class CheckpointError(BadInput):
+    """A directory that cannot be read or written, in one line that says what to do."""
+
+
+def read_config(model_dir: str | Path) -> ModelConfig:
+    """The ModelConfig of a Hugging Face directory. Raises CheckpointError for anything but dense Qwen3."""
+    path = Path(model_dir) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{model_dir}: no config.json here; give a Hugging Face model directory")
+    try:
+        row = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+    if not isinstance(row, dict) or row.get("model_type") != "qwen3":
+        found = row.get("model_type") if isinstance(row, dict) else None
+        raise CheckpointError(f"{path}: model_type is {found!r}; minitau runs dense Qwen3 (qwen3) only")
+    # transformers 5 moved rope_theta into rope_parameters; hub checkpoints have it at the top.
+    rope = row.get("rope_parameters") or row.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise CheckpointError(f"{path}: RoPE scaling ({rope}) is not supported; remove it from config.json")
+    if row.get("use_sliding_window") or row.get("attention_bias"):
+        raise CheckpointError(f"{path}: sliding windows and attention biases are not supported")
+    row.setdefault("rope_theta", rope.get("rope_theta"))
+    row.setdefault("tie_word_embeddings", False)
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    missing = [name for name in names if row.get(name) is None]
+    if missing:
+        raise CheckpointError(f"{path}: {', '.join(missing)} missing")
+    return ModelConfig(**{name: row[name] for name in names})
+
+
+def load_model(model_dir: str | Path, *, activation_checkpointing: bool = False) -> Qwen3:
+    """A Qwen3 on the CPU in fp32 from single or sharded safetensors, tied or untied.
+
+    Raises CheckpointError, naming the tensor or file, if the directory does not hold such a model.
+    """
+    cfg = read_config(model_dir)
+    with torch.device("meta"):
+        model = Qwen3(cfg, activation_checkpointing)
+    model.to_empty(device="cpu")
+    wanted = dict(model.named_parameters())
+    seen = set()
+    for name, tensor in read_safetensors(Path(model_dir)):
+        if name == "lm_head.weight" and cfg.tie_word_embeddings:
+            continue  # some exports write the tied head a second time
+        if name not in wanted:
+            raise CheckpointError(f"{model_dir}: tensor {name} is not part of a dense Qwen3")
+        if tensor.shape != wanted[name].shape:
+            shapes = f"{tuple(tensor.shape)}, config.json says {tuple(wanted[name].shape)}"
+            raise CheckpointError(f"{model_dir}: {name} has shape {shapes}")
+        with torch.no_grad():
+            wanted[name].copy_(tensor)
+        seen.add(name)
+    if missing := sorted(set(wanted) - seen):
+        raise CheckpointError(f"{model_dir}: {len(missing)} tensors missing, the first is {missing[0]}")
+    return model
+
+
+def read_safetensors(model_dir: Path) -> Iterable[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor in the directory, one at a time."""
+    index = model_dir / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    for file in files:
+        if not (model_dir / file).is_file():
+            raise CheckpointError(f"{model_dir}: {file} is missing; is the download complete?")
+        try:
+            with safe_open(model_dir / file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{model_dir / file}: damaged ({error})") from None
+
+
+def save_pretrained(
+    folder: Path, cfg: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, tokenizer_dir: Path
+) -> None:
+    """Write a Hugging Face directory: config, safetensors in shards of 4 GB, and the tokenizer's files.
+
+    Rank 0 writes; the others only take their part in gathering `weights`. Raises OSError.
+    """
+    main = parallel.is_main()
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Any]] = []  # {"names": [...], "file": temporary name}
+    batch: dict[str, Tensor] = {}
+    size = total = 0
+    problem: Exception | None = None
+
+    def flush() -> None:
+        nonlocal batch, size, problem
+        if batch and problem is None:
+            file = f"shard-{len(shards)}.tmp"
+            try:
+                save_file(batch, folder / file, metadata={"format": "pt"})
+            except (OSError, SafetensorError) as error:
+                problem = error  # raised below: the other ranks are still gathering and must not wait for us
+            shards.append({"names": list(batch), "file": file})
+        batch, size = {}, 0
+
+    for name, tensor in weights:
+        nbytes = tensor.numel() * dtype.itemsize
+        if size + nbytes > SHARD_BYTES:
+            flush()
+        if main:
+            batch[name] = tensor.to(device="cpu", dtype=dtype).contiguous()
+        size, total = size + nbytes, total + nbytes
+    flush()
+    if problem is not None:
+        raise OSError(str(problem)) from problem
+    if main:
+        name_shards(folder, shards, total)
+        write_config(folder, cfg, dtype)
+        for file in TOKENIZER_FILES:
+            if (tokenizer_dir / file).is_file() and tokenizer_dir != folder:
+                shutil.copyfile(Path(tokenizer_dir) / file, folder / file)
+
+
+def name_shards(folder: Path, shards: list[dict[str, Any]], total: int) -> None:
+    """Give the shards the names that Hugging Face expects, and an index if there are several."""
+    if len(shards) == 1:
+        (folder / shards[0]["file"]).rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        (folder / shard["file"]).rename(folder / file)
+        weight_map |= dict.fromkeys(shard["names"], file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def write_config(folder: Path, cfg: ModelConfig, dtype: torch.dtype) -> None:
+    row = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        **dataclasses.asdict(cfg),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    (folder / "config.json").write_text(json.dumps(row, indent=1))
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    model: Qwen3,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    tokenizer_dir: Path,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `step` and drop all but the newest `keep`.
+
+    Raises CheckpointError, after removing what was half written, when the disk is full; the
+    earlier checkpoints are untouched.
+    """
+    place = run_dir / "checkpoints" / f"step-{step:06d}"
+    scratch = place.with_name(f".{place.name}.tmp")
+    if parallel.is_main():
+        shutil.rmtree(scratch, ignore_errors=True)
+    parallel.barrier()
+    problem = ""
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        parallel.save_state(scratch / "state", model, optimizer)
+        save_pretrained(scratch / "model", model.cfg, parallel.full_weights(model), dtype, tokenizer_dir)
+        if parallel.is_main():
+            write_json(scratch / "state.json", {"step": step, **state})
+    except OSError as error:
+        problem = str(error)
+    if problems := [p for p in parallel.gather(problem) if p]:
+        if parallel.is_main():
+            shutil.rmtree(scratch, ignore_errors=True)
+        kept = latest(run_dir)
+        advice = f"free some space and go on from {kept} with --resume" if kept else "free some space"
+        raise CheckpointError(f"checkpoint of step {step} was not written ({problems[0]}); {advice}")
+    if parallel.is_main():
+        shutil.rmtree(place, ignore_errors=True)  # only when a resumed run comes by the same step again
+        scratch.rename(place)
+        for old in all_checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(old)
+    parallel.barrier()
+    return place
+
+
+def all_checkpoints(run_dir: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted((run_dir / "checkpoints").glob("step-*"))
+
+
+def latest(run_dir: Path) -> Path | None:
+    found = all_checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def load(run_dir: Path, model: Qwen3, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Restore the newest checkpoint in place; its state, or None if there is none yet."""
+    place = latest(run_dir)
+    if place is None:
+        return None
+    parallel.load_state(place / "state", model, optimizer)
+    return json.loads((place / "state.json").read_text())
+
+
+def write_json(path: Path, row: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    with open(scratch, "w", encoding="utf-8") as file:
+        json.dump(row, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)

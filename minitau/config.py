@@ -1,0 +1,303 @@
+"""Every setting of every script: one frozen dataclass each, its flags derived from its fields.
+
+A field's name is its flag, its default the default, its comment-like `help` the manual. Presets are
+plain dicts of overrides. No config files: a run's settings stand in RUN/config.json, as written by
+the run itself. This file knows names and numbers, and nothing of what they do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from minitau.episode import BadInput
+
+
+def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episodes:
+    """Where episodes happen and how the agent samples: shared by RFT, GRPO and evaluation."""
+
+    env: str = setting("courier", "the world of tasks", ("courier", "tau2"))
+    domains: tuple[str, ...] = setting(("desk", "claims", "locker"), "comma-separated domains of that world")
+    dialect: str = setting("native", "how the agent speaks and calls tools", ("native", "single-call"))
+    engine: str = setting("local", "what samples from the policy", ("local",))
+    temperature: float = setting(1.0, "of the policy's sampling; 0 is greedy (evaluation only)")
+    max_new_tokens: int = setting(128, "tokens of one reply at most")
+    max_tokens: int = setting(2048, "tokens of one conversation at most")
+    max_turns: int = setting(24, "replies of the agent in one conversation at most")
+    max_bad_calls: int = setting(3, "malformed replies in a row that end an episode")
+    concurrency: int = setting(128, "episodes at once on one rank")
+    patience: float = setting(
+        float("inf"), "seconds the local engine waits for slow customers before a step; inf repeats bit for bit"
+    )
+    user_model: str = setting("gpt-4.1-mini", "tau2: the customer's model, as litellm names it")
+    user_api_base: str = setting("", "tau2: the customer's endpoint, if not the provider's own")
+    user_temperature: float = setting(0.7, "tau2: the customer's temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What all three stages share: the run, the model, the optimizer."""
+
+    model: str = setting("", "a Hugging Face directory of a dense Qwen3 to start from")
+    out: str = setting("", "folder of this run: config, metrics, checkpoints, the trained model")
+    resume: bool = setting(False, "go on from the newest checkpoint in --out")
+    seed: int = setting(0, "seeds every draw of the run")
+    dtype: str = setting("float32", "of forward and backward; master weights are float32", ("float32", "bfloat16"))
+    lr: float = setting(1e-5, "peak learning rate of AdamW")
+    beta1: float = setting(0.9, "of AdamW")
+    beta2: float = setting(0.98, "of AdamW")
+    weight_decay: float = setting(0.01, "of AdamW")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm")
+    micro_batch_tokens: int = setting(16_384, "packed tokens of one forward at most")
+    activation_checkpointing: bool = setting(False, "recompute blocks in backward to save memory")
+    save_every: int = setting(10, "optimizer steps between checkpoints")
+    keep: int = setting(2, "checkpoints kept")
+    wandb: bool = setting(False, "also log to Weights & Biases (pip install wandb)")
+    tensorboard: bool = setting(False, "also log to TensorBoard (pip install tensorboard)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFT(Training):
+    """Supervised fine-tuning on conversations: cross-entropy on what the agent said, per token."""
+
+    data: str = setting("", "JSONL, one conversation a line under `messages` or `prompt`")
+    dialect: str = setting("native", "how the agent speaks and calls tools", ("native", "single-call"))
+    max_tokens: int = setting(16_384, "longer conversations are left out, and counted")
+    epochs: int = setting(2, "passes over the data")
+    batch_size: int = setting(16, "conversations a step, over all ranks")
+    warmup: float = setting(0.05, "part of the steps in which the learning rate rises; then it falls as a cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RFT(Training, Episodes):
+    """Rejection fine-tuning: sample, keep the good episodes, SFT on them."""
+
+    tasks: int = setting(0, "training tasks used; 0 is all")
+    samples: int = setting(4, "attempts at each task")
+    round_tasks: int = setting(32, "tasks sampled between two writes to disk")
+    min_partial: float = setting(0.6, "a task nobody solved keeps its best attempt from this partial score on")
+    temperature: float = setting(0.8, "of the policy's sampling")
+    epochs: int = setting(2, "passes over what was kept")
+    batch_size: int = setting(16, "conversations a step, over all ranks")
+    warmup: float = setting(0.05, "part of the steps in which the learning rate rises; then it falls as a cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(Training, Episodes):
+    """Group-relative policy optimisation over whole conversations."""
+
+    steps: int = setting(200, "rollout batches")
+    tasks_per_step: int = setting(16, "different tasks in a batch (P)")
+    group_size: int = setting(4, "attempts at each task (G)")
+    updates_per_step: int = setting(1, "optimizer steps a batch is split into; 1 is strictly on-policy")
+    tasks: int = setting(0, "training tasks used; 0 is all")
+    screen: bool = setting(True, "leave out tasks that pay an agent for refusing or transferring at once")
+    curriculum: bool = setting(True, "draw tasks with success rates near one half more often")
+    dynamic_sampling: bool = setting(True, "draw more tasks while groups without a difference leave the batch short")
+    max_rounds: int = setting(3, "rounds of drawing in one step at most")
+    shaping: str = setting("gated", "where partial credit counts", ("none", "additive", "gated"))
+    alpha: float = setting(0.25, "weight of partial credit")
+    divide_by_std: bool = setting(True, "divide advantages by their group's standard deviation")
+    aggregation: str = setting(
+        "token-mean", "how token losses are averaged", ("token-mean", "sequence-mean", "dr-grpo")
+    )
+    clip_low: float = setting(0.2, "lower clip of the ratio")
+    clip_high: float = setting(0.28, "upper clip of the ratio")
+    entropy: float = setting(0.001, "coefficient of the entropy bonus")
+    kl: float = setting(0.01, "coefficient of k3 KL to the starting model; 0 loads no second model")
+    importance_cap: float = setting(2.0, "cap of the trainer/engine importance weight; 0 turns it off")
+    sequence_low: float = setting(0.5, "trajectories whose mean trainer/engine ratio is lower are masked")
+    sequence_high: float = setting(2.0, "trajectories whose mean trainer/engine ratio is higher are masked")
+    lr: float = setting(1e-6, "learning rate of AdamW, constant")
+    weight_decay: float = setting(0.1, "of AdamW")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Episodes):
+    """pass@k and pass^k of one agent on one split."""
+
+    agent: str = setting("policy", "who plays", ("policy", "gold", "flawed", "refuse", "transfer"))
+    model: str = setting("", "a Hugging Face directory of a dense Qwen3 (agent policy)")
+    out: str = setting("", "folder for episodes.jsonl and results.json")
+    resume: bool = setting(False, "keep the finished episodes in --out and play the rest")
+    split: str = setting("test", "which tasks")
+    tasks: int = setting(0, "tasks a domain; 0 is all")
+    num_trials: int = setting(4, "attempts at each task (n)")
+    seed: int = setting(0, "seeds every draw")
+    stage: str = setting("", "name of the row in results.json; the agent's name if empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstrations(Episodes):
+    """Conversations of a world's scripted agent on training tasks, for SFT."""
+
+    agent: str = setting(
+        "gold", "who plays; courier's `flawed` makes the mistakes that RFT filters", ("gold", "flawed")
+    )
+    tasks: int = setting(0, "training tasks used, domains in turn; 0 is all")
+    seed: int = setting(0, "of the customers' and the agent's whims")
+    out: str = setting("", "JSONL file to write")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """The user simulator's endpoint."""
+
+    model: str = setting("", "a Hugging Face directory of a dense Qwen3")
+    engine: str = setting("local", "what samples from the model", ("local",))
+    port: int = setting(30001, "on 127.0.0.1; 0 takes any that is free")
+    temperature: float = setting(0.7, "where a request names none")
+    max_new_tokens: int = setting(256, "tokens of one reply, where a request names no limit")
+    max_tokens: int = setting(16_384, "tokens of one conversation at most")
+    concurrency: int = setting(64, "conversations served at once")
+    patience: float = setting(0.0, "seconds the engine waits before a step for others to join it")
+
+
+STAGES = {"sft": SFT, "rft": RFT, "grpo": GRPO}
+
+# tau2-4b: the settings of the published pipeline, with the 4B model's real lengths.
+TAU2_EPISODES = {
+    "env": "tau2",
+    "domains": ("airline", "retail", "telecom"),
+    "max_new_tokens": 4096,
+    "max_tokens": 32_768,
+    "max_turns": 100,
+    "concurrency": 32,
+    "patience": 0.01,
+}
+TAU2_TRAINING = {"dtype": "bfloat16", "activation_checkpointing": True, "micro_batch_tokens": 32_768}
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "courier": {"sft": {}, "rft": {}, "grpo": {}},
+    "tau2-4b": {
+        "sft": {**TAU2_TRAINING},
+        "rft": {**TAU2_EPISODES, **TAU2_TRAINING},
+        "grpo": {**TAU2_EPISODES, **TAU2_TRAINING, "temperature": 0.7},
+    },
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line that says what to do instead."""
+
+    def error(self, message: str) -> Any:
+        if message.startswith("unrecognized arguments: "):
+            flag = message.split(": ")[1].split()[0].split("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            close = difflib.get_close_matches(flag, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "; see --help"
+            message = f"unknown flag {flag}{hint}"
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
+    """One flag a field. Defaults stay out of the namespace, so that presets can tell what was typed."""
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if field.default not in ("", ()):
+            shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+            help += f" (default: {shown})"
+        common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
+        if hints[field.name] is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        elif hints[field.name] == tuple[str, ...]:
+            parser.add_argument(flag, type=lambda text: tuple(text.split(",")), metavar="A,B", **common)
+        else:
+            choices = field.metadata["choices"]
+            parser.add_argument(flag, type=hints[field.name], choices=choices, **common)
+
+
+def parse_stage(argv: list[str]) -> tuple[str, Any]:
+    """The stage's name and its settings: defaults, then --preset, then flags."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--stage", choices=tuple(STAGES))
+    known, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    parser = OneLineParser("train.py", description="Train one stage: sft, rft or grpo.", allow_abbrev=False)
+    parser.add_argument("--stage", choices=tuple(STAGES), required=True, help="what to train")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="courier", help="a set of defaults")
+    add_flags(parser, STAGES[known.stage or "grpo"])
+    given = vars(parser.parse_args(argv))
+    stage, preset = given.pop("stage"), given.pop("preset")
+    cfg = STAGES[stage](**{**PRESETS[preset][stage], **given})
+    check(cfg, required=("model", "out") + (("data",) if stage == "sft" else ()))
+    return stage, cfg
+
+
+def parse(kind: type, prog: str, description: str, argv: list[str] | None = None) -> Any:
+    """Settings of a script with a single dataclass."""
+    parser = OneLineParser(prog, description=description, allow_abbrev=False)
+    add_flags(parser, kind)
+    cfg = kind(**vars(parser.parse_args(argv)))
+    check(cfg)
+    return cfg
+
+
+POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
+    "max_new_tokens max_tokens max_turns max_bad_calls concurrency epochs batch_size samples round_tasks steps "
+    "tasks_per_step updates_per_step max_rounds num_trials micro_batch_tokens save_every keep"
+).split()
+
+
+def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
+    """Raise BadInput for settings that cannot work, before anything is loaded."""
+    values = dataclasses.asdict(cfg)
+    for name in required:
+        if not values[name]:
+            raise BadInput(f"--{name.replace('_', '-')} is needed")
+    for name in POSITIVE:
+        if values.get(name, 1) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} is {values[name]}; it must be at least 1")
+    if values.get("group_size", 2) < 2:
+        raise BadInput(f"--group-size is {values['group_size']}; a group needs at least 2 attempts to compare")
+    if isinstance(cfg, (RFT, GRPO)) and cfg.temperature <= 0:
+        raise BadInput(f"--temperature is {cfg.temperature}; training samples need a temperature above 0")
+    if isinstance(cfg, (RFT, GRPO)) and cfg.max_tokens > cfg.micro_batch_tokens:
+        raise BadInput(f"--max-tokens {cfg.max_tokens} does not fit --micro-batch-tokens {cfg.micro_batch_tokens}")
+    if values.get("updates_per_step", 1) > values.get("tasks_per_step", 1):
+        raise BadInput("--updates-per-step cannot be more than --tasks-per-step")
+
+
+# What a resumed run may change without becoming another run.
+FREE_ON_RESUME = {"resume", "save_every", "keep", "wandb", "tensorboard", "concurrency", "user_api_base"}
+
+
+def claim_run_dir(out: str, resume: bool, settings: dict[str, Any]) -> Path:
+    """Make `out` the folder of this run and record its settings there.
+
+    Raises BadInput if it holds another run, or this one and `resume` was not asked for.
+    """
+    folder = Path(out)
+    path = folder / "config.json"
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{out} is a file; --out must be a folder")
+    if path.is_file():
+        before = json.loads(path.read_text())
+        now = json.loads(json.dumps(settings))
+        changed = sorted(k for k in before | now if k not in FREE_ON_RESUME and before.get(k) != now.get(k))
+        if changed:
+            what = ", ".join(f"{k} ({before.get(k)!r}, now {now.get(k)!r})" for k in changed)
+            raise BadInput(f"{out} holds another run: {what}; choose another --out or repeat its settings")
+        if not resume:
+            raise BadInput(f"{out} holds this run already; add --resume to go on, or choose another --out")
+    elif folder.exists() and any(folder.iterdir()):
+        raise BadInput(f"{out} is not empty and holds no run of minitau; choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(settings, indent=1))
+        scratch.replace(path)
+    except OSError as error:
+        raise BadInput(f"{out} cannot be written ({error.strerror}); choose another --out") from None
+    return folder

@@ -1,0 +1,20 @@
+"""The worlds that tasks live in. Each is one file or folder here and fits episode.World."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minitau.episode import World
+
+
+def open_world(cfg: Any) -> World:
+    """The world that `cfg.env` names. tau2 is imported only when asked for."""
+    if cfg.env == "courier":
+        from minitau.envs.courier import Courier
+
+        return Courier()
+    from minitau.envs.tau2 import Tau2
+
+    return Tau2(
+        user_model=cfg.user_model, user_api_base=cfg.user_api_base or None, user_temperature=cfg.user_temperature
+    )

@@ -1,0 +1,177 @@
+"""The scripted agents: each is a generator that yields actions and is sent what it hears in return.
+
+A script may read the agenda (it is a cheat sheet), but says and sends only what it has been told
+by then, so that its episodes can be learned from. It must not know the database or the grading.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Generator
+from random import Random
+
+from minitau.envs.courier.words import DAYS, EXCEPTION, NOT_YOURS, PARCELS, Agenda, Wish
+from minitau.episode import Action, Call
+
+AGENTS = ("gold", "flawed", "refuse", "transfer")
+FLAWS = ("unverified", "unconfirmed", "lenient", "silent", "wrong_argument", "hands_off")
+
+Script = Generator[Action, str, str]
+
+
+def script(agent: str, agenda: Agenda, heard: str, rng: Random) -> Script:
+    """What `agent`, one of AGENTS, does for a customer; `heard` is what this said first."""
+    if agent == "refuse":
+        return refuse()
+    if agent == "transfer":
+        return transfer()
+    return expert(agenda, heard, draw_flaws(rng) if agent == "flawed" else frozenset(), rng)
+
+
+def say(text: str) -> Action:
+    return Action(text=text)
+
+
+def call(name: str, **arguments: object) -> Action:
+    return Action(calls=(Call(name, arguments),))
+
+
+def refuse() -> Script:
+    while True:
+        yield say("I am sorry, I cannot help with that.")
+
+
+def transfer() -> Script:
+    while True:
+        yield call("transfer")
+
+
+def draw_flaws(rng: Random) -> frozenset[str]:
+    """Nothing, one or two of FLAWS: about as much as leaves a clone of such episodes room to improve."""
+    return frozenset(rng.sample(FLAWS, rng.choice((0, 1, 1, 2, 2))))
+
+
+def expert(agenda: Agenda, heard: str, flaws: frozenset[str], rng: Random) -> Script:
+    """Serve a customer by the book, or with `flaws`. `heard` is what it said first."""
+    if "unverified" not in flaws and not (yield from verify(agenda, heard, flaws, rng)):
+        yield from transfer()
+    known: set[str] = set()  # parcels looked up
+    for wish in agenda.wishes:
+        heard = yield from serve(agenda, wish, heard, known, flaws, rng)
+    while True:  # only a flawed agent comes here with the customer still waiting
+        yield say("I cannot do more for you.")
+
+
+def verify(agenda: Agenda, heard: str, flaws: frozenset[str], rng: Random) -> Generator[Action, str, bool]:
+    if not agenda.hasty:
+        asks = ("Your phone and PIN, please?", "What are your phone and PIN?", "Please give phone and PIN.")
+        heard = yield say(rng.choice(asks))
+    for trial in range(2):
+        pin = re.findall(r"PIN (?:is )?(\d+)", heard)[-1]
+        result = yield call("verify", phone=agenda.phone, pin=pin)
+        if not result.startswith("Error"):
+            return True
+        if trial == 0 and "hands_off" not in flaws:
+            heard = yield say(rng.choice(("That PIN is wrong. Please check it.", "Wrong PIN. Your PIN again?")))
+        elif trial == 0:
+            break
+    return False
+
+
+def serve(agenda: Agenda, wish: Wish, heard: str, known: set[str], flaws: frozenset[str], rng: Random) -> Script:
+    """Settle one wish; returns what the customer says then."""
+    if wish.parcel not in heard:
+        first = heard
+        heard = yield say(rng.choice(("Which parcel is it?", "Which parcel, please?")))
+        heard = f"{first} {heard}"
+    if wish.parcel not in known:
+        known.add(wish.parcel)
+        yield call("get_parcel", parcel=wish.parcel)
+    lenient = "lenient" in flaws and (wish.agrees or wish.topic == "ask")
+    if wish.topic == "locker" and (wish.say != NOT_YOURS or lenient):
+        return (yield from open_locker(wish, heard, flaws, rng))
+    if wish.verdict == "transfer" and not lenient:
+        yield from transfer()
+    if wish.verdict == "no" and not lenient:
+        return (yield from decline(wish, flaws, rng))
+    if wish.topic == "ask":
+        answer = wish.say if wish.verdict == "tell" else "Friday"
+        if "wrong_argument" in flaws:
+            answer = next(day for day in DAYS if day != wish.say)
+        return (yield say(rng.choice(("It comes on {}.", "{} it is.")).format(answer)))
+    heard, receipt = yield from change(wish.agrees[-1] if lenient else (wish.does or wish.agrees)[0], flaws, rng)
+    if not receipt:  # the customer changed its mind
+        return heard
+    if "silent" in flaws:
+        return (yield say("Done."))
+    return (yield say(rng.choice(("Done. Your receipt is {}.", "Done, receipt {}.")).format(receipt)))
+
+
+def change(right: Call, flaws: frozenset[str], rng: Random) -> Generator[Action, str, tuple[str, str]]:
+    """Ask for a yes, then do it. Returns what was heard last and the receipt, "" if nothing was done."""
+    heard = "Yes."
+    if "unconfirmed" not in flaws:
+        heard = yield say(rng.choice(("Shall I {}?", "I will {}, yes?")).format(in_words(right)))
+    if heard.startswith("No"):
+        return heard, ""
+    arguments = dict(right.arguments)
+    if "wrong_argument" in flaws:
+        name = list(arguments)[-1]
+        wrong = {"parcel": PARCELS, "day": DAYS, "amount": (20, 40), "address": ("1 Elm", "2 Elm")}[name]
+        arguments[name] = next(value for value in wrong if value != arguments[name])
+    result = yield call(right.name, **arguments)
+    return heard, "" if result.startswith("Error") else json.loads(result)["receipt"]
+
+
+def in_words(act: Call) -> str:
+    """The act as it stands in a question: "move P12 to Friday"."""
+    return {
+        "set_day": "move {parcel} to {day}",
+        "set_address": "send {parcel} to {address}",
+        "hold": "hold {parcel}",
+        "cancel": "cancel {parcel}",
+        "refund": "refund {amount} for {parcel}",
+        "replace": "replace {parcel}",
+        "search": "start a search for {parcel}",
+        "unlock_door": "unlock the door for {parcel}",
+        "extend_time": "extend the time of {parcel}",
+    }[act.name].format(**act.arguments)
+
+
+def decline(wish: Wish, flaws: frozenset[str], rng: Random) -> Script:
+    """Say no, and why; say it again to a customer who does not take it."""
+    line = rng.choice(("Sorry, I cannot: {}.", "I cannot do that: {}.")).format(wish.say)
+    if "hands_off" in flaws:
+        yield from transfer()
+    while True:
+        heard = yield say("Sorry, I cannot do that." if "silent" in flaws else line)
+        if heard not in (EXCEPTION, "Why not?"):
+            return heard
+
+
+def open_locker(wish: Wish, heard: str, flaws: frozenset[str], rng: Random) -> Script:
+    """Bring the customer from what the display shows to OPEN, as far as the policy goes."""
+    if "It shows" not in heard:
+        heard = yield say(rng.choice(("What does the display show?", "What do you see on the display?")))
+    lead = ""  # the receipt, to be told with the next request
+    acts = {act.name: act for act in wish.agrees}
+    while True:
+        display = re.findall(r"It shows (\w+)", heard)
+        if not display:
+            return heard
+        if display[-1] == "E4":
+            yield from transfer()
+        if display[-1] == "E5":
+            return (yield say("Your parcel is elsewhere." if "silent" in flaws else f"It is in locker {wish.say}."))
+        if display[-1] == "E3" and wish.verdict == "no" and "lenient" not in flaws:
+            return (yield from decline(wish, flaws, rng))
+        needs = {"E2": "unlock_door", "E3": "extend_time"}.get(display[-1])
+        if needs in acts:  # once each
+            _, receipt = yield from change(acts.pop(needs), flaws, rng)
+            lead = f"Receipt {receipt}. " if receipt and "silent" not in flaws else ""
+        button = {"E1": "red", "E2": "blue", "E3": "red", "READY": "green"}[display[-1]]
+        if "wrong_argument" in flaws and button == "red":
+            button = "blue"
+        ask = rng.choice(("Please press {}.", "Now press {}.")).format(button)
+        heard, lead = (yield say(lead + ask)), ""

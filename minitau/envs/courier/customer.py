@@ -1,0 +1,202 @@
+"""The scripted customer. It knows its agenda and can press the buttons in front of it.
+
+It understands free text by patterns, so that no agent has to learn a phrase. It must not know the
+database, the tools, the grading, or whether a scripted agent or a model speaks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from random import Random
+
+from minitau.envs.courier.words import ACTS, DAYS, EXCEPTION, REASONS, STREETS, Agenda
+from minitau.episode import Call
+
+WANTS = {  # what a customer says it wants; {it} is the parcel, {to} a day or an address
+    "ask": ("which day does {it} come?", "when will {it} be here?"),
+    "day": ("please deliver {it} on {to}.", "I need {it} to come on {to}."),
+    "address": ("please send {it} to {to}.", "I moved, so {it} must go to {to}."),
+    "hold": ("please hold {it} at the depot.", "I am away. Please hold {it} for me."),
+    "cancel": ("please cancel {it}.", "I do not need {it} any more, please cancel it."),
+    "broken": ("{it} came broken. I want my money back.", "{it} is in pieces. Please refund it."),
+    "renew": ("{it} came broken. I want a new one.", "{it} is in pieces. Please replace it."),
+    "lost": ("{it} never came. I want my money back.", "{it} is lost. Please refund it."),
+    "late": ("{it} came late. I want some money back.", "{it} was too late. Please refund me something."),
+    "locker": ("I cannot get {it} out of the locker.", "the locker does not give me {it}."),
+}
+
+
+def spots(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.IGNORECASE)
+
+
+DAY = spots(rf"\b(?:{'|'.join(DAYS)})\b")
+SPOKEN = {  # how the arguments of a call look in speech
+    "parcel": spots(r"\bP\d\d\b"),
+    "day": DAY,
+    "address": spots(rf"\b\d+ (?:{'|'.join(STREETS)})\b"),
+    "amount": spots(r"(?<![\w.])\d+\b(?! days?)"),
+}
+MENTION = {  # how the acts themselves do
+    "set_day": DAY,
+    "set_address": SPOKEN["address"],
+    "hold": spots(r"\bhold(?! on)"),
+    "cancel": spots(r"\bcancel"),
+    "refund": spots(r"\brefund|money back|\bpay"),
+    "replace": spots(r"\breplace|new one"),
+    "search": spots(r"\bsearch|look for"),
+    "unlock_door": spots(r"\bunlock"),
+    "extend_time": spots(r"\bexten|more time"),
+}
+PRESS = spots(r"\b(?:press|push|hit|tap)\b")
+DO_NOT_PRESS = spots(r"(?:\bnot|n't|\bnever) (?:press|push|hit|tap) (?:the )?\w+")
+BUTTON = spots(r"\b(?:red|green|blue)\b")
+PHONE = spots(r"\bphone|\bverify\b|authenticate\b|credential|who you are")
+PIN = spots(r"\bpin\b|\bverify\b|authenticate\b|credential|who you are")
+ASKS = spots(r"\?|please|tell|give|need|confirm|shall i|provide|could you|may i")
+REFUSES = spots(r"n't\b|\bcan ?not\b|unable|not able|not allowed|not possible|against|refuse\b")
+DONE = spots(r"\bdone\b|\b(?:chang|mov|updat|cancell?|refund|replac|extend|start)ed\b|\bheld\b|has been")
+RECEIPT = spots(r"\breceipt\b|\bR\d\d\b")
+ELSE = spots(r"[^.!?]*(?:anything|something) else[^.!?]*[.!?]?")
+WHICH = spots(r"parcel|which|package|\bid\b")
+DISPLAY = spots(r"display|screen|shows?\b|see\b")
+LOCKER = spots(r"\bL\d\d\b")
+
+
+class Customer:
+    """Follows its agenda through whatever an agent says. `over` once it has left.
+
+    `look()` reads the locker's display, `press(button)` presses a button there. `agreed` are the
+    changes to which it has said yes.
+    """
+
+    def __init__(self, agenda: Agenda, look: Callable[[], str], press: Callable[[str], None], rng: Random):
+        self.agenda, self.look, self.press = agenda, look, press
+        self.style = rng.randrange(6)
+        self.agreed: list[Call] = []
+        self.over = False
+        self.open = not agenda.shy
+        self.at = 0  # which wish
+        self.pins_said = 0
+        self.noes = 0  # refusals of this wish
+        self.slips = agenda.slips
+        self.patience = 3
+        self.replies: set[str] = set()  # since something last moved
+
+    def greet(self) -> str:
+        login = f" {self.login(True, True)}" if self.agenda.hasty else ""
+        return f"Hi, {self.want()}{login}"
+
+    def hear(self, text: str) -> str:
+        """Answer the agent. Saying the same thing again without anything moving costs patience."""
+        reply = self.answer(text.replace("\u2019", "'").replace(".00", ""))
+        self.patience -= reply in self.replies
+        self.replies.add(reply)
+        if self.patience <= 0 and not self.over:
+            self.over, reply = True, "This leads nowhere. Goodbye."
+        return reply
+
+    def answer(self, text: str) -> str:
+        wish = self.agenda.wishes[self.at]
+        locker = wish.topic == "locker"
+        closes, text = bool(ELSE.search(text)), ELSE.sub("", DO_NOT_PRESS.sub("", text))
+        asks = bool(ASKS.search(text))
+        reason = any(reason in text.lower() for reason in REASONS[self.agenda.family])
+        refuses = bool(REFUSES.search(text))
+        if locker and PRESS.search(text) and BUTTON.search(text):
+            return self.press_all(BUTTON.findall(text))
+        if locker and self.look() == "E5" and LOCKER.search(text):
+            return self.move_on("Oh, I am at the wrong one.")
+        if wish.topic == "ask" and DAY.search(text):
+            return self.move_on("Thank you.")
+        if (reason and refuses) or ((reason or refuses) and "?" not in text):
+            return self.refused(reason)
+        if RECEIPT.search(text) or (DONE.search(text) and "?" not in text) or (closes and not text.strip()):
+            return self.shows() if locker else self.move_on("Thank you.")
+        if asks and any(states(text, act) for act in wish.agrees):
+            return self.agree(next(act for act in wish.agrees if states(text, act)))
+        if asks and (PHONE.search(text) or PIN.search(text)):
+            return self.login(bool(PHONE.search(text)), bool(PIN.search(text)))
+        if locker and DISPLAY.search(text):
+            return self.shows()
+        stated = any(MENTION[act].search(text) for act in ACTS[self.agenda.family])
+        if asks and WHICH.search(text) and not stated:
+            self.open = True
+            return f"It is {wish.parcel}."
+        self.open = self.open or asks
+        self.patience -= not asks
+        return f"{'No. ' * (asks and stated)}{sentence(self.want())}"
+
+    def want(self) -> str:
+        wish = self.agenda.wishes[self.at]
+        lines = WANTS[wish.topic]
+        line = lines[self.style % len(lines)].format(it=wish.parcel if self.open else "my parcel", to=wish.to)
+        return f"{line} {self.shows()}" if wish.topic == "locker" and self.open else line
+
+    def login(self, phone: bool, pin: bool) -> str:
+        number = self.agenda.phone
+        if not pin:
+            return f"My phone is {number}."
+        code = self.agenda.pins[min(self.pins_said, len(self.agenda.pins) - 1)]
+        self.pins_said += 1
+        if not phone:
+            return f"My PIN is {code}."
+        return (f"My phone is {number}, my PIN is {code}.", f"Phone {number}, PIN {code}.")[self.style % 2]
+
+    def agree(self, act: Call) -> str:
+        """Say yes to a change that was stated in full, unless this is where it changes its mind."""
+        self.replies.clear()
+        if self.agenda.wishes[self.at].dropped:
+            self.at += 1
+            return f"No, wait. {sentence(self.want())}"
+        self.agreed.append(act)
+        return ("Yes.", "Yes, please.", "Yes, do that.")[self.style % 3]
+
+    def refused(self, reason: bool) -> str:
+        self.noes += 1
+        if self.noes == 1 and not reason:
+            return "Why not?"
+        if self.noes == 1 and self.agenda.pushy:
+            return EXCEPTION
+        return self.move_on("Too bad.")
+
+    def press_all(self, buttons: list[str]) -> str:
+        before, lead = self.look(), ""
+        for button in buttons:
+            if self.slips and button.lower() != "green":
+                self.slips, button, lead = False, "green", "Oops, I pressed green. "
+            self.press(button.lower())
+            if lead or self.look() == "OPEN":
+                break
+        if self.look() == "OPEN":
+            return self.move_on("It is open.")
+        if self.look() != before:
+            self.replies.clear()
+        return lead + self.shows()
+
+    def shows(self) -> str:
+        return f"It shows {self.look()}."
+
+    def move_on(self, lead: str) -> str:
+        """Bring up the next wish, or leave."""
+        self.at, self.noes = self.at + 1, 0
+        self.replies.clear()
+        if self.at == len(self.agenda.wishes):
+            self.over, self.at = True, self.at - 1
+            return f"{lead} Bye."
+        return f"{lead} {sentence('also, ' + self.want())}"
+
+
+def sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def states(text: str, act: Call) -> bool:
+    """True if `text` names the act and each argument. Of several values the last is meant ("from
+    Monday to Friday")."""
+    for name, value in act.arguments.items():
+        found = SPOKEN[name].findall(text)
+        if not found or found[-1].lower() != str(value).lower():
+            return False
+    return bool(MENTION[act.name].search(text))

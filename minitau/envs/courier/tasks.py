@@ -1,0 +1,212 @@
+"""Draws tasks: from a name alone the database, the customer's agenda and the locker's display.
+
+Each wish is drawn such that at most one rule of the policy stands against it; `reference` says
+which calls serve it. This file knows tools by name only, and nothing of how people talk or of grading.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+from typing import Any
+
+from minitau.envs.courier.words import (
+    DAYS,
+    LOCKERS,
+    NAMES,
+    NOT_YOURS,
+    PARCELS,
+    PHONES,
+    PINS,
+    REASONS,
+    RECEIPTS,
+    STREETS,
+    VALUES,
+    Agenda,
+    Wish,
+)
+from minitau.episode import Call
+
+TRANSFER, STRANGER, WRONG_LOCKER = "transfer", "stranger", "wrong locker"
+FINE = ("",)
+# What stands against the request, task by task in turn: the mixture of every split. A do-nothing
+# agent is paid only where a transfer is right.
+TURNS = {
+    "desk": 15 * FINE + REASONS["desk"] + 2 * FINE + (TRANSFER, STRANGER),
+    "claims": 12 * FINE + REASONS["claims"] + 4 * FINE + (TRANSFER, STRANGER),
+    "locker": 14 * FINE + REASONS["locker"] + 2 * (WRONG_LOCKER,) + 3 * FINE + (TRANSFER, STRANGER),
+}
+TOPICS = {
+    "desk": ("ask", "day", "day", "address", "address", "hold", "cancel"),
+    "claims": ("broken", "broken", "renew", "lost", "lost", "late"),
+    "locker": ("locker",),
+}
+STATUS = {  # of a parcel, by what its owner wants; "delivered" for any other topic
+    "ask": ("sorting", "van"),
+    **dict.fromkeys(("day", "address", "hold", "cancel"), ("sorting", "sorting", "van", "delivered")),
+    "lost": ("missing", "missing", "delivered", "sorting", "van"),
+    "locker": ("locker",),
+}
+FAULTS = (("E1",), ("E2",), ("E3",), ("E3",), ("E1", "E2"), ("E1", "E3"), ("E4",), ("E5",))
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What a task is made of. `db` is never changed: an episode plays on a copy."""
+
+    agenda: Agenda
+    db: dict[str, Any]
+    display: tuple[str, ...]  # what the locker shows, one after the other, as its faults are cleared
+
+
+def draw_row(rng: Random, family: str, topic: str, owner: str) -> dict[str, Any]:
+    """A parcel at random; its receipt is filled in by the caller."""
+    row = {
+        "owner": owner,
+        "status": rng.choice(STATUS.get(topic, ("delivered",))),
+        "day": rng.choice(DAYS),
+        "address": draw_address(rng),
+        "service": rng.choice(("basic", "express")),
+        "age": rng.randint(1, 12),
+        "value": rng.choice(VALUES),
+    }
+    if family == "claims":
+        row |= {"insured": rng.random() < 0.7, "refunded": 0}
+    if family == "locker":
+        row |= {"age": rng.randint(1, 8), "locker": rng.choice(LOCKERS), "extended": rng.random() < 0.3}
+    return row
+
+
+def draw_address(rng: Random) -> str:
+    return f"{rng.randint(1, 9)} {rng.choice(STREETS)}"
+
+
+def against(topic: str, to: str, row: dict[str, Any], me: str, faults: tuple[str, ...]) -> list[str]:
+    """All that the policy has against a request: the policy's second spelling, for drawing tasks."""
+    if row["owner"] != me:
+        return [NOT_YOURS]
+    value, age, status = row["value"], row["age"], row["status"]
+    claim = topic in ("broken", "renew", "lost", "late")
+    rules = {
+        "on the van": topic in ("day", "address", "hold", "cancel") and status == "van",
+        "already delivered": topic in ("day", "address", "hold", "cancel") and status == "delivered",
+        "express only": row["service"] == "basic" and (topic == "late" or (topic == "day" and to == "Saturday")),
+        "over 3 days": topic == "cancel" and age > 3,
+        "not insured": topic in ("broken", "renew") and not row["insured"],
+        "over 7 days": topic in ("broken", "renew") and age > 7,
+        "signed for": topic == "lost" and status == "delivered",
+        "on its way": topic == "lost" and status in ("sorting", "van"),
+        "only once": "E3" in faults and row.get("extended", False),
+        "over 5 days": "E3" in faults and age > 5,
+        TRANSFER: (claim and value > 200) or (topic == "address" and value > 100) or "E4" in faults,
+        WRONG_LOCKER: "E5" in faults,
+    }
+    return [rule for rule, holds in rules.items() if holds]
+
+
+def asked(topic: str, parcel: str, to: str, row: dict[str, Any]) -> tuple[Call, ...]:
+    """What the customer says yes to: its own wish last, before it what the policy may offer instead."""
+    amount = 10 if topic == "late" else row["value"]
+    refund = Call("refund", {"parcel": parcel, "amount": amount})
+    return {
+        "ask": (),
+        "day": (Call("set_day", {"parcel": parcel, "day": to}),),
+        "address": (Call("set_address", {"parcel": parcel, "address": to}),),
+        "hold": (Call("hold", {"parcel": parcel}),),
+        "cancel": (Call("cancel", {"parcel": parcel}),),
+        "broken": (refund,),
+        "renew": (Call("replace", {"parcel": parcel}),),
+        "lost": (Call("search", {"parcel": parcel}), refund) if row["age"] <= 7 else (refund,),
+        "late": (refund,),
+        "locker": (Call("unlock_door", {"parcel": parcel}), Call("extend_time", {"parcel": parcel})),
+    }[topic]
+
+
+def draw_wish(
+    rng: Random, family: str, parcel: str, me: str, target: str
+) -> tuple[Wish, dict[str, Any], tuple[str, ...]]:
+    """A wish, its parcel's row and the locker's faults, such that nothing but `target` is against it."""
+    other = rng.choice([name for name in NAMES if name != me])
+    while True:
+        topic = rng.choice(TOPICS[family])
+        row = draw_row(rng, family, topic, other if target == NOT_YOURS else me)
+        days = [day for day in DAYS if day != row["day"]]
+        to = rng.choice(days) if topic == "day" else draw_address(rng) if topic == "address" else ""
+        faults = rng.choice(FAULTS) if topic == "locker" else ()
+        if against(topic, to, row, me, faults) == [target] * bool(target) and to != row["address"]:
+            break
+    row["receipt"] = rng.choice(RECEIPTS)
+    return settle(topic, parcel, to, row, target, faults), row, faults
+
+
+def settle(topic: str, parcel: str, to: str, row: dict[str, Any], target: str, faults: tuple[str, ...]) -> Wish:
+    """What is right for a wish against which `target` stands."""
+    agrees = asked(topic, parcel, to, row)
+    if target == TRANSFER:
+        return Wish(topic, parcel, to, agrees, (), "transfer", "")
+    if target == WRONG_LOCKER:
+        return Wish(topic, parcel, to, agrees, (), "tell", row["locker"])
+    if target:
+        return Wish(topic, parcel, to, agrees, (), "no", target)
+    if topic == "ask":
+        return Wish(topic, parcel, to, agrees, (), "tell", row["day"])
+    does = agrees[:1]
+    if topic == "locker":
+        does = tuple(act for act, fault in zip(agrees, ("E2", "E3"), strict=True) if fault in faults)
+    return Wish(topic, parcel, to, agrees, does, "do", row["receipt"] if does else "")
+
+
+def change_of_mind(rng: Random, wish: Wish, row: dict[str, Any]) -> tuple[Wish, ...]:
+    """The wish, and maybe before it another about the same parcel that the customer will drop."""
+    if wish.topic == "day" and wish.say in (row["receipt"], "express only"):
+        topic = "day"
+        to = rng.choice([day for day in DAYS[:-1] if day not in (row["day"], wish.to)])
+    elif wish.topic in ("address", "hold") and wish.verdict == "do" and row["value"] <= 100:
+        topic, to = "address", rng.choice([f"{n} {street}" for n in (1, 2) for street in STREETS])
+    elif wish.topic in ("broken", "renew") and wish.verdict == "do":
+        topic, to = "renew" if wish.topic == "broken" else "broken", ""
+    else:
+        return (wish,)
+    if rng.random() < 0.5 or (to in (wish.to, row["address"]) and to):
+        return (wish,)
+    return Wish(topic, wish.parcel, to, asked(topic, wish.parcel, to, row), (), "do", "", dropped=True), wish
+
+
+@lru_cache(maxsize=2048)
+def scenario(family: str, number: int) -> Scenario:
+    """Everything about a task, from its name."""
+    rng = Random(f"courier/{family}/{number}")
+    target = TURNS[family][number % len(TURNS[family])]
+    phones, pins = rng.sample(PHONES, 3), rng.sample(PINS, 5)
+    names, parcels = rng.sample(NAMES, 3), rng.sample(PARCELS, 5)
+    me, stranger = names[0], target == STRANGER
+    wish, row, faults = draw_wish(rng, family, parcels[0], me, "" if stranger else target)
+    wishes = change_of_mind(rng, wish, row)
+    rows = {parcels[0]: row}
+    if family != "locker" and wish.verdict != "transfer" and not stranger and rng.random() < 0.25:
+        second = rng.choice(("", "", *REASONS[family]))
+        wish, rows[parcels[1]], _ = draw_wish(rng, family, parcels[1], me, second)
+        wishes += (wish,)
+    for parcel, owner in zip(parcels[2:], names, strict=True):  # distractors
+        rows[parcel] = draw_row(rng, family, rng.choice(TOPICS[family]), owner) | {"receipt": rng.choice(RECEIPTS)}
+    said = pins[3:] if stranger else pins[3:4] + pins[:1] if rng.random() < 0.25 else pins[:1]
+    shy, hasty, pushy, slips = (rng.random() < chance for chance in (0.3, 0.3, 0.5, 0.3))
+    pushy = pushy and family == "claims"
+    agenda = Agenda(family, phones[0], tuple(said), wishes, shy, hasty, pushy, slips, stranger)
+    customers = {phone: {"name": name, "pin": pin} for phone, name, pin in zip(phones, names, pins[:3], strict=True)}
+    db = {"customers": customers, "parcels": rows, "transferred": False, "violations": []}
+    return Scenario(agenda, db, (*faults, "READY", "OPEN"))
+
+
+def reference(agenda: Agenda) -> list[Call]:
+    """The calls that serve the customer."""
+    verify = [Call("verify", {"phone": agenda.phone, "pin": pin}) for pin in agenda.pins]
+    if agenda.stranger:
+        return [*verify, Call("transfer", {})]
+    calls = verify[-1:]
+    for wish in agenda.wishes:
+        look = Call("get_parcel", {"parcel": wish.parcel})
+        calls += [look] * (look not in calls) + list(wish.does)
+        calls += [Call("transfer", {})] * (wish.verdict == "transfer")
+    return calls

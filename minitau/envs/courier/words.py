@@ -1,0 +1,70 @@
+"""The words that all of courier shares, and what a customer wants, as records.
+
+This is the floor: no function, no rule of the policy, and nothing of who says which word to whom.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minitau.episode import Call
+
+DOMAINS = ("desk", "claims", "locker")
+
+PHONES = tuple(str(n) for n in range(700, 740))
+PINS = tuple(str(n) for n in range(300, 340))
+PARCELS = tuple(f"P{n}" for n in range(10, 50))
+RECEIPTS = tuple(f"R{n}" for n in range(10, 50))
+LOCKERS = tuple(f"L{n}" for n in range(10, 30))
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+STREETS = ("Elm", "Oak", "Ash", "Pine", "Birch", "Cedar", "Maple", "Willow")
+NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jill", "Kurt", "Lena")
+VALUES = (20, 40, 60, 80, 120, 150, 180, 220, 250)  # of parcels
+# Every word that an agent has to copy: a tokenizer should make each one token.
+ID_WORDS = PHONES + PINS + PARCELS + RECEIPTS + LOCKERS + DAYS + STREETS + NAMES + tuple(map(str, VALUES))
+
+# The acts that change something, by family: the tools of that name, and what a customer can agree to.
+ACTS = {
+    "desk": ("set_day", "set_address", "hold", "cancel"),
+    "claims": ("refund", "replace", "search"),
+    "locker": ("unlock_door", "extend_time"),
+}
+# The words in which the policy says no.
+NOT_YOURS = "not yours"
+REASONS = {
+    "desk": ("on the van", "already delivered", "express only", "over 3 days", NOT_YOURS),
+    "claims": ("not insured", "over 7 days", "signed for", "on its way", "express only", NOT_YOURS),
+    "locker": ("only once", "over 5 days", NOT_YOURS),
+}
+
+# What a customer says who does not take the first no.
+EXCEPTION = "Please make an exception."
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One thing that a customer wants, and what the policy makes of it."""
+
+    topic: str  # "ask", "day", "broken", ...: customer.py has the words for each
+    parcel: str
+    to: str  # the day or the address, if the topic has one
+    agrees: tuple[Call, ...]  # what the customer says yes to, its own wish last
+    does: tuple[Call, ...]  # the changes that are right
+    verdict: str  # "do" | "no" | "tell" | "transfer"
+    say: str  # the receipt, reason or answer that the customer must be told; "" if none
+    dropped: bool = False  # asked to confirm it, the customer wants the next wish instead
+
+
+@dataclass(frozen=True)
+class Agenda:
+    """What a customer brings to the conversation."""
+
+    family: str
+    phone: str
+    pins: tuple[str, ...]  # what it says when asked for the PIN: first, second, ...
+    wishes: tuple[Wish, ...]
+    shy: bool  # names the parcel only when asked
+    hasty: bool  # gives phone and PIN before it is asked
+    pushy: bool  # does not take the first no
+    slips: bool  # presses green at first, whatever it is asked to press
+    stranger: bool  # is not who it says: none of its PINs is right

@@ -1,0 +1,287 @@
+"""The nouns of minitau: what an episode is made of, and the two protocols it is played through.
+
+Everything else is a verb on these records. This file imports nothing of ours, knows no model,
+no tokenizer and no domain. Every record is plain data that survives a round trip through JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+
+class BadInput(ValueError):
+    """What the user gave cannot be used. The message is one line and says what to do."""
+
+
+class EpisodeError(Exception):
+    """Something of ours, not of the agent's, broke an episode: it is counted, never trained on."""
+
+
+class UserError(EpisodeError):
+    """The customer (or the endpoint that plays it) did not answer."""
+
+
+class EngineError(EpisodeError):
+    """The engine did not answer, after the retries it makes by itself."""
+
+
+class EnvError(EpisodeError):
+    """The environment or its grader raised on a well-formed action."""
+
+
+class Stop(StrEnum):
+    """Why an episode ended. Each episode has exactly one."""
+
+    USER_STOP = "user_stop"  # the customer had what it came for, or gave up
+    TRANSFER = "transfer"  # the customer was handed to a human
+    AGENT_STOP = "agent_stop"  # the agent ended the conversation
+    MAX_TURNS = "max_turns"  # the agent had all the turns it gets
+    MAX_TOKENS = "max_tokens"  # the context is full
+    BAD_CALLS = "bad_calls"  # too many malformed replies in a row
+    USER_ERROR = "user_error"  # ours: see UserError
+    ENGINE_ERROR = "engine_error"  # ours: see EngineError
+    ENV_ERROR = "env_error"  # ours: see EnvError
+
+    @property
+    def ours(self) -> bool:
+        """True if the episode says nothing about the agent and is kept out of loss and score."""
+        return self in (Stop.USER_ERROR, Stop.ENGINE_ERROR, Stop.ENV_ERROR)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to do, by name. The environment of `domain` knows what it means."""
+
+    domain: str
+    split: str
+    id: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.domain}/{self.split}/{self.id}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a tool. `arguments` is a JSON object."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Action:
+    """What the agent did in one turn. Exactly one of four things:
+
+    it spoke to the customer (`text`), called tools (`calls`, and then `text` is a thought that
+    nobody hears), ended the conversation (`done`), or wrote what cannot be parsed (`error` says
+    why; such an action is answered in the conversation and never reaches the environment).
+    """
+
+    text: str = ""
+    calls: tuple[Call, ...] = ()
+    done: bool = False
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation, as text. Text is a view: the record is token ids."""
+
+    role: str  # "user" | "assistant" | "tool" | "system"
+    content: str = ""
+    calls: tuple[Call, ...] = ()  # only on "assistant"
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What the agent is given before its first turn."""
+
+    policy: str  # the text of the system message
+    tools: tuple[dict[str, Any], ...]  # OpenAI function schemas
+    messages: tuple[Message, ...]  # the greeting, if the domain has one, and the customer's first words
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the agent hears after an action: `user` or `tool` messages, and `stop` once it is over."""
+
+    messages: tuple[Message, ...] = ()
+    stop: Stop | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing the grader looked at. `kind` is one of action, communicate, env, db."""
+
+    kind: str
+    name: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The grader's verdict. `reward` is in [0, 1] and is never changed afterwards."""
+
+    reward: float
+    checks: tuple[Check, ...] = ()
+    note: str = ""  # why there is no verdict, when the grader itself failed
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """An episode played by a script instead of a model: text only, nothing was sampled."""
+
+    task: Task
+    opening: Opening
+    messages: tuple[Message, ...]  # what came after the opening
+    evaluation: Evaluation
+    stop: Stop
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the engine draws tokens. Log-probabilities are those of softmax(logits / temperature)."""
+
+    temperature: float = 1.0  # 0 is greedy; its log-probabilities are those at temperature 1
+    max_new_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the engine sampled: `ids` includes the stop token; `logprobs` has one number an id."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: str  # "stop" | "length"
+    weight_version: int  # of the weights that sampled it
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where one completion stands in a trajectory: ids[start:end] were sampled by the agent."""
+
+    start: int
+    end: int
+    weight_version: int
+    error: str = ""  # why the reply could not be parsed, if it could not
+
+
+@dataclass
+class Trajectory:
+    """One episode, as the trainer sees it and as the disk keeps it.
+
+    `ids` is the whole conversation, append-only, exactly as it went through the engine. `said`
+    marks the ids that the agent sampled (the only ones with a loss); `logprobs` holds the
+    sampler's log-probability there and 0.0 elsewhere. The three have the same length.
+    """
+
+    task: Task
+    sample: int  # which attempt at this task, 0..G-1
+    ids: list[int] = field(default_factory=list)
+    said: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    stop: Stop | None = None
+    evaluation: Evaluation | None = None  # None when `stop.ours`
+    detail: str = ""  # the error's text when `stop.ours`
+    seconds: dict[str, float] = field(default_factory=dict)  # wall clock: policy, env, evaluate
+
+    @property
+    def reward(self) -> float:
+        """The grader's reward; 0.0 for an episode without a verdict."""
+        return self.evaluation.reward if self.evaluation else 0.0
+
+    @property
+    def success(self) -> bool:
+        return self.reward >= 1.0
+
+    def hear(self, ids: Sequence[int]) -> None:
+        """Append ids that the agent did not sample."""
+        self.ids += ids
+        self.said += [False] * len(ids)
+        self.logprobs += [0.0] * len(ids)
+
+    def say(self, completion: Completion, error: str = "") -> None:
+        """Append a completion, id for id, with the sampler's log-probabilities."""
+        start = len(self.ids)
+        self.ids += completion.ids
+        self.said += [True] * len(completion.ids)
+        self.logprobs += completion.logprobs
+        self.turns.append(Turn(start, len(self.ids), completion.weight_version, error))
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Trajectory:
+        """The inverse of to_json. Raises KeyError, TypeError or ValueError on anything else."""
+        evaluation = row["evaluation"]
+        if evaluation is not None:
+            checks = tuple(Check(**check) for check in evaluation["checks"])
+            evaluation = Evaluation(evaluation["reward"], checks, evaluation["note"])
+        return cls(
+            **{
+                **row,
+                "task": Task(**row["task"]),
+                "turns": [Turn(**turn) for turn in row["turns"]],
+                "messages": [message_from_json(message) for message in row["messages"]],
+                "stop": None if row["stop"] is None else Stop(row["stop"]),
+                "evaluation": evaluation,
+            }
+        )
+
+
+def message_from_json(row: dict[str, Any]) -> Message:
+    return Message(row["role"], row["content"], tuple(Call(**call) for call in row["calls"]))
+
+
+class Env(Protocol):
+    """One live episode of a domain. Made fresh for each episode, used by one thread, may block."""
+
+    def reset(self, task: Task, seed: str) -> Opening:
+        """Start `task`. The same task and seed give the same customer. Raises UserError, EnvError."""
+
+    def step(self, action: Action) -> Observation:
+        """Do what the agent did. A tool's own error is a `tool` message; raises UserError, EnvError."""
+
+    def evaluate(self, stop: Stop) -> Evaluation:
+        """Grade the episode that ended with `stop`. Raises EnvError if the grader itself fails."""
+
+
+class World(Protocol):
+    """A set of domains: names its tasks, makes an Env an episode, and plays its own scripts."""
+
+    def tasks(self, domain: str, split: str) -> list[Task]:
+        """All tasks, always in the same order. Raises BadInput, naming what exists, if unknown."""
+
+    def env(self) -> Env:
+        """A new environment for one episode."""
+
+    def demonstrate(self, task: Task, agent: str, seed: str) -> Demonstration:
+        """Play `task` with a script (gold, refuse, transfer, ...). Raises BadInput if unknown."""
+
+
+class Engine(Protocol):
+    """Samples from the policy. Thread-safe: many episodes ask at once and block."""
+
+    def join(self) -> None:
+        """One more thread will be asking. A batching engine may wait for all who joined."""
+
+    def leave(self) -> None:
+        """One asking thread fewer."""
+
+    def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, session: str, seed: int) -> Completion:
+        """Continue `prompt_ids`. `session` names the episode, so that its prefix can stay cached;
+        the draw depends on `seed`, not on who else is being served. Raises EngineError."""
+
+    def sync(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        """Take over (Hugging Face name, tensor) pairs in place, and forget what older ones cached."""
+
+    def close(self) -> None:
+        """Give back what the engine holds."""

@@ -1,0 +1,45 @@
+"""pass@k, pass^k and their uncertainty, from n trials of each task. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+
+import numpy as np
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased chance that at least one of k trials succeeds, given c successes in n.
+
+    1 - C(n - c, k) / C(n, k) (Chen et al. 2021, eq. 1). Needs 1 <= k <= n.
+    """
+    assert 0 <= c <= n and 1 <= k <= n
+    return 1.0 - comb(n - c, k) / comb(n, k)
+
+
+def pass_hat_k(n: int, c: int, k: int) -> float:
+    """Unbiased chance that all of k trials succeed, given c successes in n.
+
+    C(c, k) / C(n, k) (Yao et al. 2024, tau-bench, the estimator of pass^k). Needs 1 <= k <= n.
+    """
+    assert 0 <= c <= n and 1 <= k <= n
+    return comb(c, k) / comb(n, k)
+
+
+def mean_over_tasks(tallies: Sequence[tuple[int, int]], estimator, k: int) -> float | None:
+    """Mean of an estimator over tasks' (trials, successes); tasks with fewer than k trials cannot count."""
+    values = [estimator(n, c, k) for n, c in tallies if n >= k]
+    return sum(values) / len(values) if values else None
+
+
+def bootstrap_interval(tallies: Sequence[tuple[int, int]], *, draws: int = 10_000, seed: int = 0) -> list[float]:
+    """95% percentile interval [low, high] of pass@1 under resampling of tasks.
+
+    Tasks, not episodes, are drawn again: trials of one task resemble each other.
+    """
+    rates = np.array([c / n for n, c in tallies if n])
+    if not len(rates):
+        return [0.0, 1.0]
+    picks = np.random.default_rng(seed).integers(0, len(rates), size=(draws, len(rates)))
+    low, high = np.quantile(rates[picks].mean(axis=1), [0.025, 0.975])
+    return [float(low), float(high)]

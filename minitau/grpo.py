@@ -1,0 +1,95 @@
+"""The mathematics of GRPO: pure functions of tensors, each one an ablation point.
+
+No function here knows a model, a batch object or a rank. Every denominator is an argument or is
+already inside `weights_N`, so neither micro-batching nor the world size can change a gradient.
+
+Shapes: P tasks, G samples a task, S trajectories, N tokens that the agent said (the only ones with
+a loss). Three policies occur: *rollout* (the engine that sampled), *old* (the trainer before this
+batch's updates) and the current one. Their log-probabilities differ even for the same weights,
+because engine and trainer round differently.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+AGGREGATIONS = ("token-mean", "sequence-mean", "dr-grpo")
+
+
+def advantages(rewards_PG: Tensor, counted_PG: Tensor, *, divide_by_std: bool) -> Tensor:
+    """(P, G) advantages: reward minus its group's mean, over the group's standard deviation if asked.
+
+    `counted_PG` is False for episodes that say nothing about the agent; they are left out of the
+    statistics and get 0. Shao et al. 2024 (GRPO), eq. 3 with the sample standard deviation; Liu et
+    al. 2025 (Dr. GRPO) drop the division, which favours questions that are nearly always or
+    nearly never solved. A group with one value throughout gets zeros.
+    """
+    assert rewards_PG.shape == counted_PG.shape and rewards_PG.ndim == 2
+    count_P1 = counted_PG.sum(1, keepdim=True)
+    mean_P1 = (rewards_PG * counted_PG).sum(1, keepdim=True) / count_P1.clamp(min=1)
+    centred_PG = torch.where(counted_PG, rewards_PG - mean_P1, 0.0)
+    if not divide_by_std:
+        return centred_PG
+    std_P1 = (centred_PG.square().sum(1, keepdim=True) / (count_P1 - 1).clamp(min=1)).sqrt()
+    return centred_PG / (std_P1 + 1e-6)
+
+
+def token_weights(said_S: Tensor, aggregation: str, *, max_tokens: int) -> Tensor:
+    """(S,) the weight of each token of trajectory s, so that the loss is the weighted *sum* over all.
+
+    said_S: tokens said in each trajectory of the *global* batch.
+    token-mean: every token counts the same (DAPO, Yu et al. 2025, eq. 8). sequence-mean: every
+    trajectory counts the same (GRPO, Shao et al. 2024, eq. 3). dr-grpo: every token counts
+    1 / (S * max_tokens), a constant, so that length changes nothing (Liu et al. 2025).
+    """
+    said_S = said_S.float()
+    match aggregation:
+        case "token-mean":
+            return torch.ones_like(said_S) / said_S.sum().clamp(min=1)
+        case "sequence-mean":
+            return 1.0 / (len(said_S) * said_S.clamp(min=1))
+        case "dr-grpo":
+            return torch.ones_like(said_S) / (len(said_S) * max_tokens)
+    raise ValueError(f"unknown aggregation {aggregation!r}; choose from {', '.join(AGGREGATIONS)}")
+
+
+def truncated_importance(old_N: Tensor, rollout_N: Tensor, cap: float) -> Tensor:
+    """(N,) min(pi_old / pi_rollout, cap): corrects for the engine's own rounding (Yao et al. 2025)."""
+    return (old_N - rollout_N).exp().clamp(max=cap).detach()
+
+
+def sequence_mask(old_N: Tensor, rollout_N: Tensor, sequence_N: Tensor, low: float, high: float) -> Tensor:
+    """(N,) 1.0 for tokens of trajectories whose geometric-mean ratio old/rollout is in [low, high], else 0.0.
+
+    sequence_N: which trajectory each token belongs to. A trajectory outside was, as a whole, not
+    drawn from anything near the policy, and no per-token cap can mend that.
+    """
+    n = int(sequence_N.max()) + 1 if len(sequence_N) else 0
+    zeros = torch.zeros(n, dtype=old_N.dtype, device=old_N.device)
+    drift = zeros.index_add(0, sequence_N, old_N - rollout_N)
+    count = zeros.index_add(0, sequence_N, torch.ones_like(old_N))
+    ratio = (drift / count.clamp(min=1)).exp()
+    return ((ratio >= low) & (ratio <= high)).to(old_N.dtype)[sequence_N]
+
+
+def policy_loss(
+    logprobs_N: Tensor, old_N: Tensor, advantages_N: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """(N,) loss -min(r A, clip(r) A) with r = pi / pi_old, and (N,) where the clip took the gradient.
+
+    Schulman et al. 2017 (PPO), eq. 7, with DAPO's separate bounds [1 - clip_low, 1 + clip_high].
+    """
+    ratio_N = (logprobs_N - old_N).exp()
+    plain_N = ratio_N * advantages_N
+    clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high) * advantages_N
+    return -torch.minimum(plain_N, clipped_N), (clipped_N < plain_N).detach()
+
+
+def k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
+    """(N,) unbiased, non-negative estimate of KL(pi || reference) on samples of pi.
+
+    exp(d) - d - 1 with d = log reference - log pi (Schulman 2020, "Approximating KL divergence").
+    """
+    delta_N = reference_N - logprobs_N
+    return delta_N.exp() - delta_N - 1

@@ -1,0 +1,106 @@
+"""One metrics dict a step, one write: a line of JSON, a line on the console, W&B or TensorBoard if asked.
+
+Also the clock that says where a step's seconds went. It knows numbers and names, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+class Clock:
+    """Wall-clock seconds of the phases of one step."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def report(self) -> dict[str, Any]:
+        """seconds: each phase and the step's `total`; share: each phase's part of the total."""
+        total = time.perf_counter() - self.start
+        return {
+            "seconds": {**self.seconds, "total": total},
+            "share": {name: seconds / total for name, seconds in self.seconds.items()},
+        }
+
+
+class MetricsLog:
+    """Appends to RUN/metrics.jsonl; on a resumed run first drops the lines after `last_step`.
+
+    Those steps will be run again, and a step must not stand there twice. Ranks other than the
+    first pass enabled=False and write nothing.
+    """
+
+    def __init__(self, run_dir: Path, *, last_step: int, enabled: bool, wandb: bool = False, tensorboard: bool = False):
+        self.path = run_dir / "metrics.jsonl"
+        self.enabled = enabled
+        self.wandb = self.tensorboard = None
+        if not enabled:
+            return
+        kept = [line for line in whole_lines(self.path) if json.loads(line)["step"] <= last_step]
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text("".join(line + "\n" for line in kept))
+        scratch.replace(self.path)
+        if wandb:
+            import wandb as module
+
+            self.wandb = module.init(project="minitau", name=run_dir.name, dir=str(run_dir))
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def write(self, metrics: dict[str, Any], headline: tuple[str, ...]) -> None:
+        """Record one step; `headline` names the values that the console shows."""
+        if not self.enabled:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in headline)
+        tqdm.write(f"step {metrics['step']}  {shown}  {metrics['seconds']['total']:.1f} s")
+        flat = dict(flatten(metrics))
+        if self.wandb:
+            self.wandb.log(flat, step=metrics["step"])
+        if self.tensorboard:
+            for name, value in flat.items():
+                self.tensorboard.add_scalar(name, value, metrics["step"])
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a JSONL file, without the last one if a crash cut it in half."""
+    if not path.is_file():
+        return []
+    whole, newline, _ = path.read_bytes().rpartition(b"\n")
+    return whole.decode("utf-8").split("\n") if newline else []
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Open a JSONL file to append to; a last line that a crash cut in half is dropped first."""
+    kept = "".join(line + "\n" for line in whole_lines(path))
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (the caller closes it)
+    file.truncate(len(kept.encode("utf-8")))
+    return file
+
+
+def flatten(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """("reward_by_domain/desk", 0.5) and so on for every number in nested dicts."""
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield prefix + name, value

@@ -1,0 +1,193 @@
+"""Everything that knows there is more than one process: the only file that imports torch.distributed.
+
+At world size 1 on a CPU all of it does nothing, so that `python train.py` and
+`torchrun --nproc_per_node 8 train.py` run the same lines. Sharding is FSDP2, one group a block;
+gloo on CPU, NCCL on CUDA. FSDP averages gradients over ranks, so `backward` scales by the world
+size and every loss stays a sum over the global batch. It must not know what is being trained.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+# A single process saves without a process group on purpose; torch warns each time that it guesses so.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+# A rank may wait for the slowest episode of another: longer than any step, short of a lost night.
+TIMEOUT = datetime.timedelta(hours=4)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """This rank's device: its own GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def start() -> None:
+    """Join the process group that torchrun announced. Nothing to do for a single process."""
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    if world_size() > 1:
+        # Both backends: NCCL moves the shards, gloo the Python objects that live on the CPU.
+        backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(item: Any) -> list[Any]:
+    """Every rank's `item`, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [item]
+    items: list[Any] = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def from_main(item: Any) -> Any:
+    """Rank 0's `item`, on every rank."""
+    return gather(item if is_main() else None)[0]
+
+
+def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Element-wise sum of dicts with the same keys on every rank."""
+    everyone = gather(values)
+    return {key: sum(one[key] for one in everyone) for key in values}
+
+
+class SharedQueue:
+    """The indices 0..n-1, each handed out once over all ranks and threads, to whoever asks first.
+
+    The counter lives in the store that torchrun already runs. `name` must be new for each queue
+    and the same on every rank.
+    """
+
+    def __init__(self, name: str, n: int):
+        self.name, self.n = name, n
+        self.count = itertools.count()
+        self.lock = threading.Lock()
+        self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+
+    def take(self) -> int | None:
+        """The next index, or None when there is none left."""
+        with self.lock:
+            index = next(self.count) if self.store is None else self.store.add(f"queue/{self.name}", 1) - 1
+        return index if index < self.n else None
+
+
+def shard(model: nn.Module, blocks: nn.ModuleList, compute_dtype: torch.dtype) -> None:
+    """Shard `model` in place over all ranks: each block a group, the rest the root group.
+
+    Parameters stay fp32 (the master weights); forward and backward run in `compute_dtype`,
+    gradients are reduced in fp32. One fp32 process keeps the plain module.
+    """
+    if world_size() == 1 and compute_dtype == torch.float32:
+        return
+    if not dist.is_initialized():  # one GPU in bf16: FSDP's mixed precision over a mesh of one
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
+    mesh = init_device_mesh(device().type, (world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def backward(loss: Tensor) -> None:
+    """Accumulate gradients of `loss`, this rank's part of a sum over all ranks."""
+    (loss * world_size()).backward()
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
+    """Scale the gradients to a global L2 norm of at most `max_norm`; returns the norm before."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of every parameter, one at a time; all ranks must iterate to the end.
+
+    A plain module yields its own parameters, not copies.
+    """
+    for name, parameter in model.named_parameters():
+        whole = parameter.detach()
+        yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy whole tensors, given on every rank, into the (sharded) parameters."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            whole = weights[name].to(parameter.device, parameter.dtype)
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                whole = DTensor.from_local(whole, mesh, run_check=False).redistribute(mesh, placements)
+            parameter.copy_(whole)
+
+
+def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write fp32 weights and optimizer state, each rank its shards. Raises OSError if it cannot."""
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    try:
+        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except dcp.api.CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        raise next((c for c in causes if isinstance(c, OSError)), OSError(str(causes[0]))) from error
+
+
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read what save_state wrote, on any number of ranks."""
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])

@@ -1,0 +1,68 @@
+"""From verdicts to the number that GRPO compares: partial credit and how it may shape the reward.
+
+The grader's reward itself is never changed; what is made here is another number beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from minitau.episode import Evaluation
+
+SHAPINGS = ("none", "additive", "gated")
+
+# The published weights. Telecom's customer acts too, so what it did to its phone counts more.
+# Database equality has no weight: in telecom it is false for most gold replays.
+CHECK_WEIGHTS = {"action": 0.5, "communicate": 0.15, "env": 0.35, "db": 0.0}
+TELECOM_WEIGHTS = {"action": 0.35, "communicate": 0.35, "env": 0.30, "db": 0.0}
+DOMAIN_SCALES = {"retail": 0.8, "airline": 1.0, "telecom": 1.6}
+
+
+def partial(evaluation: Evaluation | None, domain: str) -> float:
+    """Weighted mean in [0, 1] over the kinds of checks that are present; 0 if there are none."""
+    weights = TELECOM_WEIGHTS if domain == "telecom" else CHECK_WEIGHTS
+    passed: dict[str, list[bool]] = {}
+    for check in evaluation.checks if evaluation else ():
+        passed.setdefault(check.kind, []).append(check.passed)
+    total = sum(weights[kind] for kind in passed)
+    if total == 0:
+        return 0.0
+    return sum(weights[kind] * sum(each) / len(each) for kind, each in passed.items()) / total
+
+
+def shape(
+    rewards: Sequence[float],
+    partials: Sequence[float],
+    counted: Sequence[bool],
+    *,
+    shaping: str,
+    alpha: float,
+    scale: float = 1.0,
+) -> list[float]:
+    """The rewards of one group as GRPO compares them: scale * (reward + alpha * partial credit).
+
+    none: the reward alone. additive: partial credit everywhere, also where every sample failed;
+    normalised, those groups then push as hard as any. gated: partial credit only ranks samples
+    inside a group whose outcomes differ. Episodes not `counted` do not open the gate.
+    """
+    outcomes = {reward for reward, counts in zip(rewards, counted) if counts}
+    match shaping:
+        case "none":
+            use_partial = False
+        case "additive":
+            use_partial = True
+        case "gated":
+            use_partial = len(outcomes) > 1
+        case _:
+            raise ValueError(f"unknown shaping {shaping!r}; choose from {', '.join(SHAPINGS)}")
+    credit = alpha if use_partial else 0.0
+    return [scale * (reward + credit * part) for reward, part in zip(rewards, partials)]
+
+
+def differs(shaped: Sequence[float], counted: Sequence[bool]) -> bool:
+    """True if a group's counted rewards differ; otherwise all its advantages are 0 and it teaches nothing."""
+    return len({value for value, counts in zip(shaped, counted) if counts}) > 1
+
+
+def domain_scale(domain: str, scales: Mapping[str, float] = DOMAIN_SCALES) -> float:
+    return scales.get(domain, 1.0)

@@ -1,0 +1,136 @@
+"""Make a tiny Qwen3 with a tokenizer of its own: random weights, a real checkpoint otherwise.
+
+The tokenizer is byte-level BPE trained on a world's own text. A word, a number, a space and a
+punctuation mark never share a token, so that a word is the same token wherever it stands. The
+directory loads like any Qwen3: here, in transformers, in SGLang.
+
+`python -m minitau.tiny --out DIR` makes one for courier; `--env tau2` one for tau2-bench.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minitau import checkpoint, config, sft
+from minitau.config import setting
+from minitau.envs import open_world
+from minitau.episode import BadInput
+from minitau.model import ModelConfig, Qwen3, init_weights
+
+# Letters with digits behind them stay together: an id such as P37 is one word.
+WORDS = r"[A-Za-z]+[0-9]*|[0-9]+|\s|[^A-Za-z0-9\s]"
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MARKS = ("<tool_call>", "</tool_call>")  # tokens, but text like any other
+# ChatML with one line a tool: a schema's full JSON would be most of a tiny model's context.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ "<|im_start|>" + message.role + "\\n" + message.content }}
+{%- if loop.first and tools -%}
+{{ "\\n\\nTools:" }}
+{%- for tool in tools -%}
+{%- set f = tool.function -%}
+{{ "\\n" + f.name + "(" + f.parameters.properties | join(", ") + "): " + f.description }}
+{%- endfor -%}
+{%- endif -%}
+{{ "<|im_end|>\\n" }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ "<|im_start|>assistant\\n" }}
+{%- endif -%}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny(config.Episodes):
+    """A tiny random Qwen3 and its tokenizer."""
+
+    out: str = setting("", "directory to write")
+    vocab: int = setting(1280, "tokens at most")
+    layers: int = setting(4, "blocks")
+    hidden: int = setting(128, "hidden size")
+    heads: int = setting(4, "query heads of 32; half as many key heads")
+    seed: int = setting(0, "of the random weights")
+    corpus_tasks: int = setting(0, "training tasks a domain whose conversations the tokenizer reads; 0 is all")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int):
+    """A transformers tokenizer with at most `vocab_size` tokens, trained on `texts`."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - len(MARKS),
+            special_tokens=list(CONTROL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in MARKS])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def world_texts(cfg: Tiny) -> list[str]:
+    """Conversations of the world's gold script, as JSON: they hold its words, schemas and punctuation."""
+    world = open_world(cfg)
+    tasks = [task for domain in cfg.domains for task in world.tasks(domain, "train")[: cfg.corpus_tasks or None]]
+    rows = (sft.to_row(world.demonstrate(task, "gold", seed="corpus")) for task in tasks)
+    return [json.dumps(row, ensure_ascii=False) for row in rows]
+
+
+def make(cfg: Tiny, texts: Iterable[str]) -> Path:
+    """Write the directory and return it."""
+    tokenizer = train_tokenizer(texts, cfg.vocab)
+    folder = Path(cfg.out)
+    tokenizer.save_pretrained(folder)
+    model_cfg = ModelConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=cfg.hidden,
+        intermediate_size=3 * cfg.hidden,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.heads // 2,
+        head_dim=32,
+        rope_theta=10_000.0,
+        max_position_embeddings=max(4096, cfg.max_tokens),
+    )
+    model = Qwen3(model_cfg)
+    init_weights(model, cfg.seed)
+    checkpoint.save_pretrained(folder, model_cfg, model.named_parameters(), torch.float32, folder)
+    return folder
+
+
+def main() -> int:
+    try:
+        cfg = config.parse(Tiny, "python -m minitau.tiny", "Make a tiny random Qwen3 with its own tokenizer.")
+        if not cfg.out:
+            raise BadInput("--out is needed")
+        print(f"wrote {make(cfg, world_texts(cfg))}")
+    except BadInput as error:
+        print(f"tiny: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The customer's side of tau2-bench, served from a model of one's own behind an OpenAI endpoint.
+
+    python serve_user.py --model MODEL --port 30001
+
+tau2's user simulator reaches it through litellm, tools included. It listens on loopback only: it
+asks for no password. Only what a user simulator needs is there: /v1/chat/completions (no
+streaming), /v1/models and /health.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from minitau import checkpoint, config, parallel
+from minitau.chat import Chat, load_chat
+from minitau.engines import open_engine
+from minitau.episode import Action, BadInput, Engine, EngineError, Opening, Sampling
+from minitau.sft import read_message
+
+HOST = "127.0.0.1"
+NAME = "minitau-user"  # the model's name on the endpoint
+
+
+def complete(body: Any, cfg: config.Server, chat: Chat, engine: Engine) -> dict[str, Any]:
+    """One chat completion. Raises ValueError for a request that cannot be served, EngineError else."""
+    if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
+        raise ValueError("`messages` must be a list that is not empty")
+    if body.get("stream"):
+        raise ValueError("streaming is not supported")
+    messages = [read_message(row) for row in body["messages"]]
+    policy = messages.pop(0).content if messages[0].role == "system" else ""
+    opening = Opening(policy, tuple(body.get("tools") or ()), tuple(messages))
+    prompt_ids = chat.open(opening)
+    limit = body.get("max_completion_tokens") or body.get("max_tokens") or cfg.max_new_tokens
+    temperature = cfg.temperature if body.get("temperature") is None else float(body["temperature"])
+    seed = random.getrandbits(63) if body.get("seed") is None else int(body["seed"])
+    # Each request is a session of its own: the engine finds the conversation's earlier turns by their ids.
+    session = uuid.uuid4().hex
+    completion = engine.generate(prompt_ids, Sampling(temperature, int(limit)), session=session, seed=seed)
+    action = chat.parse(completion.ids, opening.tools)
+    cut = completion.finish == "length"
+    return {
+        "id": f"chatcmpl-{session}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": NAME,
+        "choices": [{"index": 0, **choice(action, cut)}],
+        "usage": {
+            "prompt_tokens": len(prompt_ids),
+            "completion_tokens": len(completion.ids),
+            "total_tokens": len(prompt_ids) + len(completion.ids),
+        },
+    }
+
+
+def choice(action: Action, cut: bool) -> dict[str, Any]:
+    """What the model said, as OpenAI puts it. A malformed tool call is passed on as the text it is."""
+    message: dict[str, Any] = {"role": "assistant", "content": action.text}
+    if action.calls:
+        # tau2 allows words or calls, never both.
+        message = {"role": "assistant", "content": None, "tool_calls": []}
+        for call in action.calls:
+            function = {"name": call.name, "arguments": json.dumps(call.arguments)}
+            message["tool_calls"].append({"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function})
+    return {"message": message, "finish_reason": "tool_calls" if action.calls else "length" if cut else "stop"}
+
+
+def make_server(cfg: config.Server, chat: Chat, engine: Engine) -> ThreadingHTTPServer:
+    """An HTTP server on loopback, one thread a request; port 0 takes any that is free."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            if self.path == "/health":
+                self.reply(200, {"status": "ok"})
+            elif self.path == "/v1/models":
+                self.reply(200, {"object": "list", "data": [{"id": NAME, "object": "model"}]})
+            else:
+                self.fail(404, f"no such path: {self.path}")
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.path != "/v1/chat/completions":
+                return self.fail(404, f"no such path: {self.path}")
+            try:
+                self.reply(200, complete(json.loads(body), cfg, chat, engine))
+            except (ValueError, TypeError, RecursionError) as error:
+                self.fail(400, str(error))
+            except EngineError as error:
+                self.fail(503, str(error))
+
+        def fail(self, status: int, message: str) -> None:
+            self.reply(status, {"error": {"message": message, "type": "invalid_request_error"}})
+
+        def reply(self, status: int, row: dict[str, Any]) -> None:
+            payload = json.dumps(row).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing: a line a request would drown everything else."""
+
+    ThreadingHTTPServer.request_queue_size = 128
+    return ThreadingHTTPServer((HOST, cfg.port), Handler)
+
+
+def main(argv: list[str]) -> int:
+    try:
+        cfg = config.parse(config.Server, "serve_user.py", "Serve a user simulator over HTTP.", argv)
+        if not cfg.model:
+            raise BadInput("--model is needed")
+        chat = load_chat(cfg.model, "native")
+        model = checkpoint.load_model(cfg.model).to(parallel.device()).requires_grad_(False)
+        server = make_server(cfg, chat, open_engine(cfg, model, chat.stop_ids))
+    except BadInput as error:
+        print(f"serve_user.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"serve_user.py: port {cfg.port}: {error.strerror}; choose another --port", file=sys.stderr)
+        return 1
+    base = f"http://{HOST}:{server.server_port}/v1"
+    print(f"serving {cfg.model}; give train.py and eval.py", flush=True)
+    print(f"  --user-model openai/{NAME} --user-api-base {base}", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""What several test files share: one tiny checkpoint a session, and makers of small records.
+
+Nothing here is a stand-in for something of ours: the checkpoint is a real one, with a real tokenizer.
+"""
+
+import os
+
+# Before anything imports a Hugging Face library: no test may reach for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from minitau import tiny
+from minitau.episode import Check, Evaluation, Stop, Task, Trajectory
+from minitau.model import ModelConfig, Qwen3, init_weights
+
+# The smallest shape that still has every part: more than one block, grouped queries (H != K), head size not D / H.
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rope_theta": 10_000.0,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    """Models this small lose time on more threads, and the machine may be shared."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory):
+    """A checkpoint with a tokenizer trained on courier's own words: 2 layers, hidden 64, about 700 tokens.
+
+    Shared by the whole session: tests read it and write elsewhere.
+    """
+    cfg = tiny.Tiny(out=str(tmp_path_factory.mktemp("tiny") / "model"), vocab=700, layers=2, hidden=64, corpus_tasks=20)
+    return tiny.make(cfg, tiny.world_texts(cfg))
+
+
+def small_model(seed: int = 0, scale: float = 5.0, **changes) -> Qwen3:
+    """A random Qwen3 of the SMALL shape. `scale` makes its logits differ enough for a test to see."""
+    model = Qwen3(ModelConfig(**{**SMALL, **changes}))
+    init_weights(model, seed)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed + 1)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(scale)
+            else:  # norms of exactly one would hide a norm that is left out
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def trajectory(
+    ids: Sequence[int],
+    said: Sequence[bool],
+    logprobs: Sequence[float] | None = None,
+    *,
+    reward: float = 0.0,
+    checks: Sequence[Check] = (),
+    stop: Stop = Stop.USER_STOP,
+    task: str = "0",
+    sample: int = 0,
+) -> Trajectory:
+    """A finished episode with these tokens; what was heard has log-probability 0, as in real ones."""
+    assert len(ids) == len(said)
+    return Trajectory(
+        task=Task("desk", "train", task),
+        sample=sample,
+        ids=list(ids),
+        said=list(said),
+        logprobs=list(logprobs) if logprobs is not None else [-1.0 if s else 0.0 for s in said],
+        stop=stop,
+        evaluation=None if stop.ours else Evaluation(reward, tuple(checks)),
+    )

@@ -1,0 +1,503 @@
+"""Checkpoints survive crashes and full disks, resume bit for bit, and a bad directory is one clear line."""
+
+import json
+import resource
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, small_model
+from safetensors.torch import load_file, save_file
+
+import train
+from minitau import checkpoint, config, parallel
+from minitau.checkpoint import CheckpointError
+from minitau.episode import BadInput
+from minitau.model import packed_attention
+
+
+class Crash(BaseException):
+    """Stands for a power cut or a kill: nothing of ours may catch it."""
+
+
+def new_run(seed=0, **changes):
+    net = small_model(seed, **changes)
+    return net, train.adamw(net, config.SFT(lr=1e-2))
+
+
+def train_steps(net, optimizer, steps):
+    """A few real AdamW steps; what a step trains on depends on its number alone."""
+    for step in steps:
+        ids = torch.randint(SMALL["vocab_size"], (24,), generator=torch.Generator().manual_seed(step))
+        attend = packed_attention([0, 24], "cpu", torch.float32)
+        optimizer.zero_grad()
+        net(ids, torch.arange(24), attend, torch.arange(23), ids[1:])[0].mean().neg().backward()
+        optimizer.step()
+
+
+def save(run_dir, step, net, optimizer, *, keep=2, state=None, dtype=torch.float32, tokenizer_dir=None):
+    return checkpoint.save(
+        run_dir,
+        step,
+        net,
+        optimizer,
+        state or {},
+        dtype=dtype,
+        tokenizer_dir=tokenizer_dir or run_dir,
+        keep=keep,
+    )
+
+
+def copy_of(net):
+    return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+
+
+def assert_holds(net, weights):
+    for name, parameter in net.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+def everything_under(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# -- resume --------------------------------------------------------------------------------------------------
+
+
+def test_resume_is_bit_for_bit(tmp_path):
+    net, optimizer = new_run()
+    train_steps(net, optimizer, range(3))
+    at_three = copy_of(net)
+    moments = {i: {k: v.clone() for k, v in s.items()} for i, s in optimizer.state_dict()["state"].items()}
+    state = {"curriculum": {"tallies": {"desk/train/1": [0.1 + 0.2, 1e-17]}}}
+    save(tmp_path, 3, net, optimizer, state=state)
+    train_steps(net, optimizer, range(3, 5))
+
+    again, fresh = new_run(seed=7)  # other weights, so that nothing agrees by chance
+    assert checkpoint.load(tmp_path, again, fresh) == {"step": 3, **state}
+    assert_holds(again, at_three)
+    restored = fresh.state_dict()["state"]
+    assert restored.keys() == moments.keys()
+    for i, expected in moments.items():
+        assert restored[i].keys() == expected.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(restored[i][k], expected[k]) for k in expected)
+    assert [group["weight_decay"] for group in fresh.param_groups] == [0.01, 0.0]
+    train_steps(again, fresh, range(3, 5))
+    assert_holds(again, copy_of(net))
+
+
+def test_loading_does_not_step_or_leave_gradients(tmp_path):
+    """torch makes an empty optimizer's state by a step with zero gradients: that must not show."""
+    net, optimizer = new_run()
+    train_steps(net, optimizer, range(2))
+    save(tmp_path, 2, net, optimizer)
+    assert_holds(net, copy_of(net))
+    again, fresh = new_run()
+    checkpoint.load(tmp_path, again, fresh)
+    assert all(parameter.grad is None for parameter in again.parameters())
+    assert {float(state["step"]) for state in fresh.state.values()} == {2.0}
+
+
+def test_a_checkpoint_before_the_first_optimizer_step(tmp_path):
+    """GRPO may save after steps in which no group taught anything. Going on must equal never having stopped."""
+    straight, straight_optimizer = new_run()
+    train_steps(straight, straight_optimizer, range(2))
+    net, optimizer = new_run()
+    before = copy_of(net)
+    save(tmp_path, 1, net, optimizer)
+    assert_holds(net, before)
+    train_steps(net, optimizer, range(2))
+    assert_holds(net, copy_of(straight))
+    again, fresh = new_run(seed=7)
+    checkpoint.load(tmp_path, again, fresh)
+    assert_holds(again, before)
+    train_steps(again, fresh, range(2))
+    assert_holds(again, copy_of(straight))
+
+
+def test_nothing_to_load(tmp_path):
+    net, optimizer = new_run()
+    before = copy_of(net)
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.load(tmp_path, net, optimizer) is None
+    assert_holds(net, before)
+
+
+def test_the_model_inside_is_a_hugging_face_directory(tmp_path, tiny_dir):
+    """In the run's dtype and with the tokenizer, while the state beside it stays fp32."""
+    net = checkpoint.load_model(tiny_dir)
+    optimizer = train.adamw(net, config.SFT())
+    place = save(tmp_path, 10, net, optimizer, dtype=torch.bfloat16, tokenizer_dir=Path(tiny_dir))
+    assert place == tmp_path / "checkpoints" / "step-000010"
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (place / "model" / file).read_bytes() == (tiny_dir / file).read_bytes()
+    rounded = checkpoint.load_model(place / "model")
+    assert rounded.cfg == net.cfg
+    assert_holds(rounded, {name: p.bfloat16().float() for name, p in copy_of(net).items()})
+    assert {t.dtype for t in load_file(place / "model" / "model.safetensors").values()} == {torch.bfloat16}
+    again, fresh = checkpoint.load_model(place / "model"), train.adamw(net, config.SFT())
+    fresh = train.adamw(again, config.SFT())
+    checkpoint.load(tmp_path, again, fresh)
+    assert_holds(again, copy_of(net))
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    net, optimizer = new_run()
+    for step in (1, 2, 10, 9_999, 10_000):
+        save(tmp_path, step, net, optimizer, keep=2)
+        assert checkpoint.latest(tmp_path).name == f"step-{step:06d}"
+    assert [path.name for path in checkpoint.all_checkpoints(tmp_path)] == ["step-009999", "step-010000"]
+    assert everything_under(tmp_path / "checkpoints")[0] == "step-009999"  # and nothing else, hidden or not
+    save(tmp_path, 10_001, net, optimizer, keep=1)
+    assert [path.name for path in checkpoint.all_checkpoints(tmp_path)] == ["step-010001"]
+
+
+def test_what_a_person_put_there_is_neither_resumed_nor_pruned(tmp_path):
+    """A copy that somebody keeps under another name is not ours."""
+    net, optimizer = new_run()
+    save(tmp_path, 1, net, optimizer)
+    mine = tmp_path / "checkpoints" / "step-000001-best"
+    shutil.copytree(tmp_path / "checkpoints" / "step-000001", mine)
+    assert checkpoint.latest(tmp_path).name == "step-000001"
+    for step in (2, 3, 4):
+        save(tmp_path, step, net, optimizer)
+    assert mine.is_dir()
+
+
+def test_the_same_step_again_replaces_it(tmp_path):
+    net, optimizer = new_run()
+    save(tmp_path, 5, net, optimizer, state={"mark": "old"})
+    train_steps(net, optimizer, [0])
+    save(tmp_path, 5, net, optimizer, state={"mark": "new"})
+    again, fresh = new_run(seed=7)
+    assert checkpoint.load(tmp_path, again, fresh)["mark"] == "new"
+    assert_holds(again, copy_of(net))
+
+
+# -- crashes -------------------------------------------------------------------------------------------------
+
+
+def crash(*_, **__):
+    raise Crash
+
+
+def crash_on_directories(path, target, rename=Path.rename):
+    """The last rename moves the whole checkpoint; those of single shards go through."""
+    if path.is_dir():
+        raise Crash
+    return rename(path, target)
+
+
+CRASHES = {
+    "before the state": (parallel, "save_state", crash),
+    "before the model": (checkpoint, "save_pretrained", crash),
+    "inside the model": (checkpoint, "write_config", crash),
+    "before state.json": (checkpoint, "write_json", crash),
+    "before the rename": (Path, "rename", crash_on_directories),
+}
+
+
+@pytest.mark.parametrize("where", CRASHES)
+def test_a_crash_leaves_the_previous_checkpoint(tmp_path, monkeypatch, where):
+    net, optimizer = new_run()
+    train_steps(net, optimizer, [0])
+    save(tmp_path, 1, net, optimizer)
+    before, weights = everything_under(tmp_path / "checkpoints" / "step-000001"), copy_of(net)
+    train_steps(net, optimizer, [1])
+    with monkeypatch.context() as patch:
+        patch.setattr(*CRASHES[where])
+        with pytest.raises(Crash):
+            save(tmp_path, 2, net, optimizer)
+
+    # What the next process finds: the earlier checkpoint, whole, whatever else lies about.
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-000001"
+    assert everything_under(tmp_path / "checkpoints" / "step-000001") == before
+    again, fresh = new_run(seed=7)
+    assert checkpoint.load(tmp_path, again, fresh)["step"] == 1
+    assert_holds(again, weights)
+    train_steps(again, fresh, [1])
+    assert_holds(again, copy_of(net))
+    # And the leftovers are gone after it came by the same step.
+    save(tmp_path, 2, again, fresh)
+    folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert folders == ["step-000001", "step-000002"]
+    assert everything_under(tmp_path / "checkpoints" / "step-000002") == before
+
+
+def test_leftovers_with_other_contents_do_not_get_into_a_checkpoint(tmp_path):
+    net, optimizer = new_run()
+    stale = tmp_path / "checkpoints" / ".step-000001.tmp" / "model"
+    stale.mkdir(parents=True)
+    (stale / "model.safetensors.index.json").write_text("{}")
+    (stale / "model-00007-of-00009.safetensors").write_text("half of one")
+    assert checkpoint.latest(tmp_path) is None
+    place = save(tmp_path, 1, net, optimizer)
+    assert_holds(checkpoint.load_model(place / "model"), copy_of(net))
+    assert not list(place.rglob("*00007*"))
+
+
+def test_write_json_never_leaves_half_a_file(tmp_path):
+    path = tmp_path / "state.json"
+    checkpoint.write_json(path, {"step": 1})
+    with pytest.raises(TypeError):
+        checkpoint.write_json(path, {"step": 2, "bad": object()})
+    assert json.loads(path.read_text()) == {"step": 1}
+
+
+# -- a full disk ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def files_of_at_most(size):
+    """The kernel itself refuses to write on: a real OSError (EFBIG) out of write(2), as a full disk's ENOSPC is.
+
+    Python ignores SIGXFSZ from the start, so the process lives.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# The state file has three times the bytes of the model file, and state.json as many as we like.
+FULL = {"the state": (20_000, {}), "state.json": (1_000_000, {"much": ["x" * 100] * 20_000})}
+
+
+@pytest.mark.parametrize("what", FULL)
+def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(tmp_path, what):
+    limit, state = FULL[what]
+    net, optimizer = new_run()
+    train_steps(net, optimizer, [0])
+    save(tmp_path, 1, net, optimizer)
+    weights = copy_of(net)
+    train_steps(net, optimizer, [1])
+    with files_of_at_most(limit), pytest.raises(CheckpointError) as refusal:
+        save(tmp_path, 2, net, optimizer, state=state)
+    text = str(refusal.value)
+    assert "\n" not in text and len(text) < 400
+    assert "step 2" in text and "--resume" in text and "step-000001" in text
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000001"]
+    again, fresh = new_run(seed=7)
+    assert checkpoint.load(tmp_path, again, fresh)["step"] == 1
+    assert_holds(again, weights)
+    save(tmp_path, 2, net, optimizer, state=state)  # once there is room, the same call goes through
+    assert checkpoint.latest(tmp_path).name == "step-000002"
+
+
+def test_a_full_disk_at_the_first_checkpoint(tmp_path):
+    net, optimizer = new_run()
+    with files_of_at_most(20_000), pytest.raises(CheckpointError, match="free some space") as refusal:
+        save(tmp_path, 1, net, optimizer)
+    assert "--resume" not in str(refusal.value)  # there is nothing to go on from
+    assert checkpoint.latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
+def test_a_full_disk_under_the_model_files(tmp_path, monkeypatch, sharded):
+    """save_pretrained raises OSError after gathering all weights: other ranks take part in each one."""
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 30_000 if sharded else 4 << 30)
+    net, _ = new_run()
+    taken = []
+
+    def weights():
+        for name, tensor in net.named_parameters():
+            taken.append(name)
+            yield name, tensor
+
+    with files_of_at_most(10_000), pytest.raises(OSError, match=r"(?i)file too large|os error 27"):
+        checkpoint.save_pretrained(tmp_path / "model", net.cfg, weights(), torch.float32, tmp_path)
+    assert taken == [name for name, _ in net.named_parameters()]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    net, optimizer = new_run()
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(CheckpointError, match="step 1 was not written") as refusal:
+        save(tmp_path, 1, net, optimizer)
+    assert "\n" not in str(refusal.value)
+
+
+# -- refusals ------------------------------------------------------------------------------------------------
+
+
+def change_config(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        row = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({key: value for key, value in row.items() if value is not None}))
+
+    return change
+
+
+def change_tensors(function):
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        function(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def cut(name, part):
+    def change(folder):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: int(part * len(whole))])
+
+    return change
+
+
+def index(content):
+    return write("model.safetensors.index.json", content)
+
+
+NORM = "model.layers.1.self_attn.q_norm.weight"
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+# What is done to a good directory, and what the refusal must name.
+REFUSED_CONFIGS = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
+    "not JSON": (write("config.json", b"{"), ["config.json", "JSON"]),
+    "not text": (write("config.json", b"\xff\xfe\x00"), ["config.json"]),
+    "not an object": (write("config.json", b"[]"), ["config.json", "qwen3"]),
+    "another family": (change_config(model_type="llama"), ["config.json", "llama", "qwen3"]),
+    "experts": (change_config(model_type="qwen3_moe"), ["config.json", "qwen3_moe"]),
+    "no family": (change_config(model_type=None), ["config.json"]),
+    "a size is missing": (change_config(head_dim=None), ["config.json", "head_dim"]),
+    "no theta": (change_config(rope_theta=None), ["config.json", "rope_theta"]),
+    "RoPE scaling": (change_config(rope_scaling=YARN), ["config.json", "RoPE"]),
+    "RoPE scaling, older name": (change_config(rope_scaling={"type": "linear", "factor": 2}), ["config.json", "RoPE"]),
+    "RoPE scaling, newer place": (change_config(rope_parameters=YARN), ["config.json", "RoPE"]),
+    "sliding window": (change_config(use_sliding_window=True), ["config.json", "sliding"]),
+    "biases": (change_config(attention_bias=True), ["config.json", "bias"]),
+    "another activation": (change_config(hidden_act="gelu"), ["config.json", "gelu"]),
+}
+REFUSED_WEIGHTS = {
+    "no file": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
+    "no shard": (index(b'{"weight_map": {"x": "model-00002-of-00002.safetensors"}}'), ["model-00002"]),
+    "cut in half": (cut("model.safetensors", 0.5), ["model.safetensors", "damaged"]),
+    "cut in its header": (cut("model.safetensors", 0.001), ["model.safetensors", "damaged"]),
+    "empty": (write("model.safetensors", b""), ["model.safetensors", "damaged"]),
+    "rubbish": (write("model.safetensors", b"rubbish " * 100), ["model.safetensors", "damaged"]),
+    "a pointer of git lfs": (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), ["damaged"]),
+    "a tensor is missing": (change_tensors(lambda t: t.pop(NORM)), ["missing", NORM]),
+    "a wrong shape": (change_tensors(lambda t: t.update({NORM: torch.ones(5)})), [NORM, "(5,)", "(16,)"]),
+    "a stranger": (change_tensors(lambda t: t.update({"model.layers.9.x": torch.ones(5)})), ["model.layers.9.x"]),
+    "another size": (change_config(vocab_size=98), ["embed_tokens", "(97, 32)", "(98, 32)"]),
+    "more blocks": (change_config(num_hidden_layers=3), ["missing", "model.layers.2"]),
+    "an index that is not JSON": (index(b"{"), ["model.safetensors.index.json"]),
+    "an index without a map": (index(b"{}"), ["model.safetensors.index.json"]),
+}
+
+
+@pytest.fixture(scope="module")
+def good_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good") / "model"
+    net = small_model()
+    checkpoint.save_pretrained(folder, net.cfg, net.named_parameters(), torch.float32, folder)
+    return folder
+
+
+def assert_one_line(refusal, folder, words):
+    text = str(refusal.value)
+    assert "\n" not in text
+    for word in (str(folder), *words):
+        assert word in text, (word, text)
+    assert isinstance(refusal.value, BadInput)  # what every script prints as one line
+
+
+@pytest.mark.parametrize("case", REFUSED_CONFIGS)
+def test_refused_configs(tmp_path, good_dir, case):
+    spoil, words = REFUSED_CONFIGS[case]
+    folder = shutil.copytree(good_dir, tmp_path / "model")
+    spoil(folder)
+    for read in (checkpoint.read_config, checkpoint.load_model):
+        with pytest.raises(CheckpointError) as refusal:
+            read(folder)
+        assert_one_line(refusal, folder, words)
+
+
+@pytest.mark.parametrize("case", REFUSED_WEIGHTS)
+def test_refused_weights(tmp_path, good_dir, case):
+    spoil, words = REFUSED_WEIGHTS[case]
+    folder = shutil.copytree(good_dir, tmp_path / "model")
+    spoil(folder)
+    with pytest.raises(CheckpointError) as refusal:
+        checkpoint.load_model(folder)
+    assert_one_line(refusal, folder, words)
+
+
+def test_no_directory_at_all(tmp_path):
+    with pytest.raises(CheckpointError) as refusal:
+        checkpoint.load_model(tmp_path / "nowhere")
+    assert_one_line(refusal, tmp_path / "nowhere", ["config.json"])
+
+
+ACCEPTED = {
+    "as it is": change_config(),
+    "theta where transformers 5 writes it": change_config(
+        rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}
+    ),
+    "theta where the hub has it": change_config(rope_scaling=None, sliding_window=None, max_window_layers=2),
+    "the tied head a second time": change_tensors(
+        lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_accepted_directories(tmp_path, good_dir, case):
+    folder = shutil.copytree(good_dir, tmp_path / "model")
+    ACCEPTED[case](folder)
+    net = checkpoint.load_model(folder)
+    assert net.cfg == small_model().cfg
+    assert_holds(net, copy_of(small_model()))
+
+
+def test_half_precision_files_become_fp32(tmp_path):
+    net = small_model()
+    checkpoint.save_pretrained(tmp_path, net.cfg, net.named_parameters(), torch.bfloat16, tmp_path)
+    loaded = checkpoint.load_model(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in loaded.parameters())
+    assert_holds(loaded, {name: p.bfloat16().float() for name, p in copy_of(net).items()})
+
+
+def damage_state(place):
+    for path in (place / "state").glob("*.distcp"):
+        path.write_bytes(path.read_bytes()[:100])
+
+
+DAMAGED = {
+    "state.json cut": lambda place: (place / "state.json").write_text('{"step": '),
+    "state.json gone": lambda place: (place / "state.json").unlink(),
+    "state cut": damage_state,
+    "state gone": lambda place: shutil.rmtree(place / "state"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_checkpoint_is_one_line(tmp_path, case):
+    """A disk that loses bytes, a copy that stopped halfway: --resume must say which folder to remove."""
+    net, optimizer = new_run()
+    place = save(tmp_path, 1, net, optimizer)
+    DAMAGED[case](place)
+    again, fresh = new_run(seed=7)
+    with pytest.raises(CheckpointError) as refusal:
+        checkpoint.load(tmp_path, again, fresh)
+    assert_one_line(refusal, place, [])
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tmp_path):
+    net, optimizer = new_run()
+    place = save(tmp_path, 1, net, optimizer)
+    other, fresh = new_run(hidden_size=64)
+    with pytest.raises(CheckpointError) as refusal:
+        checkpoint.load(tmp_path, other, fresh)
+    assert_one_line(refusal, place, [])
