@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from minitau.envs.tau2 import Tau2, Tau2Error
-from minitau.episode import Action, Call, EnvError, Message, Stop, Task, UserError
+from minitau.episode import Action, Call, Message, Stop, Task, UserError
 
 ALL = bool(os.environ.get("MINITAU_TAU2_ALL"))
 ROOT = Path(__file__).resolve().parents[1]

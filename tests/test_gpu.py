@@ -1,0 +1,110 @@
+"""What only a GPU can show: varlen attention in bf16, the engine on CUDA, FSDP2 over NCCL.
+
+These tests skip where there is no GPU. Figures are bounds on rounding, not on speed.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from minitau import checkpoint
+from minitau.chat import load_chat
+from minitau.engines.local import LocalEngine
+from minitau.episode import Sampling
+from minitau.model import ModelConfig, Qwen3, causal_sdpa, init_weights, packed_attention
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+def relative(a, b):
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def test_varlen_attention_equals_one_sdpa_a_sequence():
+    """Forward and gradients of the packed bf16 kernel against fp32 attention, sequence by sequence."""
+    torch.manual_seed(0)
+    lengths = [1, 17, 300, 64, 129]
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    q, k, v = (torch.randn(sum(lengths), heads, 64, device="cuda", requires_grad=True) for heads in (8, 2, 2))
+    half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    out = packed_attention(bounds, "cuda", torch.bfloat16)(0, *half)
+    exact = torch.cat([causal_sdpa(*part) for part in zip(q.split(lengths), k.split(lengths), v.split(lengths))])
+    push = torch.randn_like(exact)
+    (out.float() * push).sum().backward()
+    (exact * push).sum().backward()
+    assert relative(out, exact) < 1e-2
+    for rounded, precise in zip(half, (q, k, v)):
+        assert relative(rounded.grad, precise.grad) < 2e-2
+
+
+def test_bf16_on_gpu_is_near_fp32_on_cpu():
+    cfg = ModelConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
+    model = Qwen3(cfg)
+    init_weights(model, 0)
+    ids = torch.randint(0, 512, (300,), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(200), torch.arange(100)])
+    rows = torch.arange(0, 299)
+
+    def logprobs(model, device, dtype):
+        attend = packed_attention([0, 200, 300], device, dtype)
+        return model(ids.to(device), positions.to(device), attend, rows.to(device), ids[1:].to(device))[0].cpu()
+
+    with torch.no_grad():
+        exact = logprobs(model, "cpu", torch.float32)
+        rounded = logprobs(model.to("cuda", torch.bfloat16), "cuda", torch.bfloat16)
+    assert (exact - rounded).abs().mean() < 0.02
+
+
+def test_engine_on_gpu_agrees_with_the_full_forward(tiny_dir):
+    """fp32 on CUDA: what the engine says of its samples is what an uncached forward says."""
+    chat = load_chat(tiny_dir, "native")
+    model = checkpoint.load_model(tiny_dir).cuda().requires_grad_(False)
+    engine = LocalEngine(model, chat.stop_ids, slots=4, max_context=512)
+    try:
+        prompt = [Random(0).randrange(model.cfg.vocab_size) for _ in range(80)]
+        for turn in range(3):
+            said = engine.generate(prompt, Sampling(1.0, 20), session="a", seed=turn)
+            ids = torch.tensor([*prompt, *said.ids], device="cuda")
+            rows = torch.arange(len(prompt) - 1, len(ids) - 1, device="cuda")
+            attend = packed_attention([0, len(ids)], "cuda", torch.float32)
+            exact, _ = model(ids, torch.arange(len(ids), device="cuda"), attend, rows, ids[rows + 1])
+            assert (exact.cpu() - torch.tensor(said.logprobs)).abs().max() < 1e-3
+            prompt = [*ids.tolist(), 5, 6, 7]
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_grpo_in_bf16_over_nccl(tiny_dir, tmp_path, ranks):
+    """Two steps of GRPO with sharded fp32 masters, bf16 compute and an engine synced in place."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    out = tmp_path / "run"
+    flags = (
+        "--stage grpo --dtype bfloat16 --steps 2 --tasks 8 --tasks-per-step 4 --group-size 2 --no-dynamic-sampling "
+        "--lr 1e-3 --max-new-tokens 24 --updates-per-step 2 --activation-checkpointing"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    command = [*torchrun, "train.py", "--model", str(tiny_dir), "--out", str(out), *flags.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[1]["weight_versions"] == [1]
+    # Engine and trainer both round to bf16, in different orders; stale or missing weights would be far off.
+    assert all(line["drift"] < 0.05 for line in lines), [line["drift"] for line in lines]
+    assert checkpoint.load_model(out / "model").cfg == checkpoint.read_config(tiny_dir)
