@@ -31,8 +31,8 @@ class Demo:
     resume: bool = setting(True, "go on where an earlier demo in --out was; --no-resume starts over")
     seed: int = setting(0, "of everything")
     tasks: int = setting(18, "test tasks a domain in each evaluation")
-    demonstrations: int = setting(600, "conversations of a flawed scripted agent for SFT")
-    sft_epochs: int = setting(3, "passes over them")
+    demonstrations: int = setting(0, "conversations of a flawed scripted agent for SFT; 0 is one a training task")
+    sft_epochs: int = setting(10, "passes over them")
     rft_tasks: int = setting(96, "training tasks that RFT samples, four times each")
     steps: int = setting(16, "GRPO steps of 8 tasks x 8 samples")
 
@@ -67,22 +67,23 @@ def pipeline(cfg: Demo) -> list[dict[str, Any]]:
     seed = ("--seed", str(cfg.seed))
     base, data = out / "base", out / "demonstrations.jsonl"
     if not (base / "config.json").is_file():
-        run("-m", "minitau.tiny", "--out", str(base), *seed)
+        run("-m", "minitau.tiny", "--out", str(base), "--layers", "2", *seed)
     if not data.is_file():
         run("-m", "minitau.sft", "--agent", "flawed", "--tasks", str(cfg.demonstrations), "--out", str(data), *seed)
     rows = []
     for floor in ("refuse", "transfer"):
         rows += evaluate(cfg, floor, "--agent", floor)
     rows += evaluate(cfg, "base", "--model", str(base))
-    fast = ("--micro-batch-tokens", "8192", *seed)
-    model = train("sft", out / "sft", base, "--data", str(data), "--epochs", str(cfg.sft_epochs), "--lr", "2e-3", *fast)
-    rows += evaluate(cfg, "sft", "--model", str(model))
+    common = ("--batch-size", "8", "--micro-batch-tokens", "8192", "--max-tokens", "2048", *seed)
+    epochs = ("--epochs", str(cfg.sft_epochs))
     model = train(
-        "rft", out / "rft", model, "--tasks", str(cfg.rft_tasks), "--lr", "3e-4", "--temperature", "0.8", *fast
+        "sft", out / "sft", base, "--data", str(data), "--lr", "3e-3", *epochs, "--save-every", "100", *common
     )
+    rows += evaluate(cfg, "sft", "--model", str(model))
+    model = train("rft", out / "rft", model, "--tasks", str(cfg.rft_tasks), "--lr", "3e-4", *common)
     rows += evaluate(cfg, "rft", "--model", str(model))
-    size = ("--steps", str(cfg.steps), "--tasks-per-step", "8", "--group-size", "8", "--max-rounds", "1")
-    model = train("grpo", out / "grpo", model, *size, "--lr", "1e-4", *fast)
+    size = ("--steps", str(cfg.steps), "--tasks-per-step", "8", "--group-size", "8", "--max-rounds", "2")
+    model = train("grpo", out / "grpo", model, "--lr", "1e-4", *size, *common[2:])
     return rows + evaluate(cfg, "grpo", "--model", str(model))
 
 

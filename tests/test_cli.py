@@ -1,0 +1,162 @@
+"""Bad input gets one clear line and a non-zero exit, and loses nothing.
+
+The scripts' main functions run in this process (importing torch anew for each case would take
+minutes); one case goes through a real shell command.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import serve_user
+import train
+
+ROOT = Path(__file__).parent.parent
+
+
+def refused(capsys, main, *flags) -> str:
+    """Run a script that must refuse; its one line."""
+    try:
+        status = main([str(flag) for flag in flags])
+    except SystemExit as stop:  # argparse leaves by itself
+        status = stop.code
+    err = capsys.readouterr().err
+    assert status not in (0, None)
+    assert err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    path.write_text(3 * (json.dumps(row) + "\n"))
+    return path
+
+
+def test_unknown_flags_are_named_with_the_nearest_known_one(capsys):
+    assert "did you mean --group-size?" in refused(capsys, train.main, "--stage", "grpo", "--group-sice", 4)
+    assert "unknown flag --wat" in refused(capsys, evaluation.main, "--wat")
+    assert "unknown flag --wat" in refused(capsys, serve_user.main, "--wat")
+    # An abbreviation would silently set another flag than the one that was meant.
+    assert "unknown flag --temp" in refused(capsys, train.main, "--stage", "grpo", "--temp", 1)
+
+
+def test_values_of_the_wrong_kind(capsys):
+    assert "--steps" in refused(capsys, train.main, "--stage", "grpo", "--steps", "many")
+    assert "--stage" in refused(capsys, train.main)
+    assert "--shaping" in refused(capsys, train.main, "--stage", "grpo", "--shaping", "dense")
+
+
+def test_missing_and_foreign_models(capsys, tmp_path, data):
+    def sft(*model):
+        flags = ("--stage", "sft", "--data", data, "--out", tmp_path / "run", *model)
+        return refused(capsys, train.main, *flags)
+
+    assert "tokenizer_config.json" in sft("--model", tmp_path / "nowhere")
+    assert "--model is needed" in sft()
+    assert "--model is needed" in refused(capsys, evaluation.main, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "a refused run must not leave a folder behind"
+
+
+def test_a_directory_that_is_not_qwen3(capsys, tmp_path, tiny_dir, data):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_dir, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    line = refused(capsys, train.main, "--stage", "sft", "--model", other, "--data", data, "--out", tmp_path / "run")
+    assert "'llama'" in line and "Qwen3" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_jsonl_broken_at_a_line(capsys, tmp_path, tiny_dir, data):
+    data.write_text(data.read_text() + '{"messages": [\n')
+    flags = ("--stage", "sft", "--model", tiny_dir, "--data", data, "--out", tmp_path / "run")
+    assert f"{data}, line 4:" in refused(capsys, train.main, *flags)
+    data.write_text("")
+    assert "no conversations" in refused(capsys, train.main, *flags)
+    assert "no such file" in refused(capsys, train.main, *flags[:5], tmp_path / "none.jsonl", *flags[6:])
+
+
+def test_domains_and_splits_that_do_not_exist(capsys, tmp_path, tiny_dir):
+    out = ("--out", tmp_path / "run")
+    line = refused(capsys, evaluation.main, "--agent", "gold", "--domains", "desk,kitchen", *out)
+    assert "'kitchen'" in line and "locker" in line
+    line = refused(capsys, evaluation.main, "--agent", "gold", "--split", "validation", *out)
+    assert "'validation'" in line and "train" in line
+    assert "'kitchen'" in refused(
+        capsys, train.main, "--stage", "rft", "--model", tiny_dir, "--domains", "kitchen", *out
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_cannot_work(capsys, tmp_path, tiny_dir):
+    base = ("--stage", "grpo", "--model", tiny_dir, "--out", tmp_path / "run")
+    assert "--group-size" in refused(capsys, train.main, *base, "--group-size", 1)
+    assert "--temperature" in refused(capsys, train.main, *base, "--temperature", 0)
+    assert "--steps" in refused(capsys, train.main, *base, "--steps", 0)
+    assert "--micro-batch-tokens" in refused(capsys, train.main, *base, "--micro-batch-tokens", 100)
+    assert "--updates-per-step" in refused(capsys, train.main, *base, "--updates-per-step", 17)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_that_holds_another_run(capsys, tmp_path, tiny_dir, data):
+    out = tmp_path / "run"
+    flags = ("--stage", "sft", "--model", tiny_dir, "--data", data, "--out", out, "--epochs", 1)
+    assert train.main([str(flag) for flag in flags]) == 0
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert "--resume" in refused(capsys, train.main, *flags)
+    assert "lr (1e-05, now 0.5)" in refused(capsys, train.main, *flags, "--resume", "--lr", 0.5)
+    assert "another run" in refused(capsys, evaluation.main, "--agent", "gold", "--out", out, "--resume")
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}, "nothing may be lost"
+    stranger = tmp_path / "photos"
+    stranger.mkdir()
+    (stranger / "cat.jpg").write_text("meow")
+    assert "not empty" in refused(capsys, train.main, *flags[:7], stranger)
+    assert "is a file" in refused(capsys, train.main, *flags[:7], stranger / "cat.jpg")
+
+
+def test_no_disk_space_at_a_checkpoint(tmp_path, tiny_dir, data):
+    """A limit on file sizes stands in for a full disk: the system refuses the write all the same."""
+    flags = f"--stage sft --model {tiny_dir} --data {data} --out {tmp_path / 'run'} --batch-size 1 --save-every 1"
+    code = (
+        "import resource, signal, sys, train\n"
+        "from minitau import checkpoint\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "write = checkpoint.save\n"
+        "def save(run_dir, step, *args, **kwargs):\n"
+        "    if step == 2:\n"  # the disk fills up after the first checkpoint
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "    return write(run_dir, step, *args, **kwargs)\n"
+        "checkpoint.save = save\n"
+        f"sys.exit(train.main({flags.split()!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
+    assert len(lines) == 1 and "step 2 was not written" in lines[0] and "--resume" in lines[0], done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    assert train.main([*flags.split(), "--resume"]) == 0, "with space again, the run goes on"
+
+
+def test_tau2_that_is_not_there(tmp_path, tiny_dir):
+    """The real command: without tau2-bench one line says how to get it."""
+    command = f"eval.py --agent gold --env tau2 --domains retail --out {tmp_path / 'run'}"
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin"},
+        check=False,
+    )
+    if done.returncode == 0:
+        pytest.skip("tau2-bench is installed here")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install" in done.stderr, done.stderr

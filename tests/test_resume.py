@@ -1,0 +1,89 @@
+"""kill -9 at any moment, then --resume: what follows equals the run that was never interrupted, bit for bit.
+
+Real processes are killed, at a moment that is drawn anew each time. All three stages are tried with
+the tiny random model; its rewards are all 0, so that in GRPO entropy and KL alone move the weights.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitau import checkpoint
+from minitau.log import whole_lines
+
+ROOT = Path(__file__).parent.parent
+# Flags of each stage, and how many lines of metrics it writes.
+EPISODES = "--max-new-tokens 16 --max-turns 3 --max-tokens 1024"
+STAGES = {
+    "sft": ("--epochs 3 --batch-size 4 --lr 1e-3 --save-every 2", 9),
+    "rft": (
+        "--tasks 6 --samples 2 --round-tasks 2 --min-partial 0 --epochs 2 --batch-size 2 --lr 1e-3 "
+        f"--save-every 2 {EPISODES}",
+        9,
+    ),
+    "grpo": (
+        "--steps 4 --tasks 6 --tasks-per-step 3 --group-size 2 --no-dynamic-sampling --no-screen --lr 1e-3 "
+        f"--save-every 2 --updates-per-step 2 {EPISODES}",
+        4,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "demonstrations.jsonl"
+    command = [sys.executable, "-m", "minitau.sft", "--tasks", "12", "--out", str(path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return path
+
+
+def start(stage: str, model: Path, data: Path, out: Path) -> subprocess.Popen:
+    flags = f"--stage {stage} --model {model} --out {out} --resume {STAGES[stage][0]}"
+    if stage == "sft":
+        flags += f" --data {data}"
+    return subprocess.Popen(
+        [sys.executable, "train.py", *flags.split()], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err.decode()[-2000:]
+
+
+def metrics(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl without the clock's readings."""
+    lines = [json.loads(line) for line in whole_lines(out / "metrics.jsonl")]
+    return [{name: value for name, value in line.items() if name not in ("seconds", "share")} for line in lines]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_kill_and_resume(stage, tiny_dir, data, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(start(stage, tiny_dir, data, whole))
+    process = start(stage, tiny_dir, data, broken)
+    # Wait for a line, so that there is something to lose, then for a moment that nobody chose.
+    lines, moment = random.randint(1, STAGES[stage][1] - 1), random.random()
+    deadline = time.time() + 120
+    while len(whole_lines(broken / "metrics.jsonl")) < lines and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    time.sleep(0.5 * moment)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    logged = len(metrics(broken))
+    finish(start(stage, tiny_dir, data, broken))
+    where = f"killed after {lines} lines and {0.5 * moment:.3f} s, when {logged} were logged"
+    assert len(metrics(whole)) == STAGES[stage][1]
+    assert metrics(broken) == metrics(whole), where
+    ours, theirs = (dict(checkpoint.read_safetensors(out / "model")) for out in (broken, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), where
+    start_weights = dict(checkpoint.read_safetensors(tiny_dir))
+    assert any(not torch.equal(ours[name], start_weights[name]) for name in ours), "the run trained nothing"
