@@ -1,0 +1,219 @@
+"""eval.py in process: its table, its files, and that an interrupted evaluation goes on without playing twice."""
+
+import json
+
+import pytest
+
+import eval as script
+from minitau.engines import local
+from minitau.envs.courier import Courier
+from minitau.episode import EnvError, Evaluation, Stop, Task, Trajectory
+
+KEYS = {"stage", "domain", "split", "tasks", "trials", "pass@1", "pass@4", "pass^4", "ci95", "seconds"}
+
+
+@pytest.fixture
+def plays(monkeypatch):
+    """The (task, agent, seed) of every script that is played during the test."""
+    played, demonstrate = [], Courier.demonstrate
+
+    def counted(self, task, agent, seed):
+        played.append((task, agent, seed))
+        return demonstrate(self, task, agent, seed)
+
+    monkeypatch.setattr(Courier, "demonstrate", counted)
+    return played
+
+
+def run(out, *flags):
+    """(exit status, rows of results.json) of one evaluation."""
+    status = script.main(["--out", str(out), *map(str, flags)])
+    path = out / "results.json"
+    return status, json.loads(path.read_text()) if path.is_file() else None
+
+
+def episodes(out):
+    """The trajectories on disk, from whole lines only."""
+    lines = [line for path in out.glob("episodes-*.jsonl") for line in path.read_text().splitlines()]
+    return [Trajectory.from_json(json.loads(line)) for line in lines]
+
+
+def test_the_gold_script_solves_everything(tmp_path, capsys):
+    status, rows = run(tmp_path, "--agent", "gold", "--tasks", 3, "--num-trials", 4, "--stage", "ceiling")
+    assert status == 0
+    assert [row["domain"] for row in rows] == ["claims", "desk", "locker", "all"]
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["stage"] == "ceiling" and row["split"] == "test" and row["trials"] == 4
+        assert row["tasks"] == (9 if row["domain"] == "all" else 3)
+        assert row["pass@1"] == row["pass@4"] == row["pass^4"] == 1.0 and row["ci95"] == [1.0, 1.0]
+        assert row["errors"] == 0 and row["seconds"] >= 0
+    assert len(episodes(tmp_path)) == 36
+    shown = capsys.readouterr().out
+    assert "ceiling" in shown and "100.0..100.0" in shown
+
+
+def test_refusing_is_hardly_ever_paid(tmp_path):
+    status, rows = run(tmp_path, "--agent", "refuse", "--tasks", 24, "--num-trials", 1)
+    assert status == 0
+    row = rows[-1]
+    assert row["stage"] == "refuse" and row["domain"] == "all" and row["tasks"] == 72
+    assert 0.0 <= row["ci95"][0] <= row["pass@1"] <= row["ci95"][1] < 0.2
+    assert set(row["stops"]) == {"user_stop"}
+
+
+def test_one_domain_is_one_row(tmp_path):
+    _, rows = run(tmp_path, "--agent", "transfer", "--domains", "desk", "--tasks", 4, "--num-trials", 2)
+    assert [(row["domain"], row["stage"], row["trials"]) for row in rows] == [("desk", "transfer", 2)]
+    assert "pass^2" in rows[0] and "pass@4" not in rows[0]
+
+
+def test_a_policy_plays(tmp_path, tiny_dir):
+    flags = ("--model", tiny_dir, "--domains", "desk", "--tasks", 2, "--max-turns", 2, "--max-new-tokens", 8)
+    status, rows = run(tmp_path / "a", *flags)
+    assert status == 0 and rows[0].keys() >= KEYS
+    assert rows[0]["stage"] == "policy" and rows[0]["tasks"] == 2 and rows[0]["trials"] == 4
+    played = episodes(tmp_path / "a")
+    assert len(played) == 8
+    assert all(t.turns and len(t.ids) == len(t.said) == len(t.logprobs) for t in played)
+    assert {t.stop for t in played} <= {Stop.MAX_TURNS, Stop.USER_STOP, Stop.BAD_CALLS}
+    # The same settings give the same episodes, to the last bit; another seed gives others.
+    run(tmp_path / "b", *flags)
+    run(tmp_path / "c", *flags, "--seed", 1)
+
+    def logprobs(folder):
+        return {(t.task.key, t.sample): t.logprobs for t in episodes(tmp_path / folder)}
+
+    assert logprobs("a") == logprobs("b") != logprobs("c")
+
+
+def test_resuming_plays_only_what_is_missing(tmp_path, plays, capsys):
+    flags = ("--agent", "flawed", "--domains", "desk", "--tasks", 5, "--num-trials", 2)
+    _, rows = run(tmp_path, *flags)
+    path = tmp_path / "episodes-0.jsonl"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(plays) == len(lines) == 10
+
+    # Without --resume nothing is touched.
+    assert run(tmp_path, *flags)[0] == 2
+    assert path.read_bytes() == whole and "--resume" in capsys.readouterr().err
+
+    # A finished one has nothing left to do.
+    plays.clear()
+    assert run(tmp_path, *flags, "--resume")[0] == 0
+    assert plays == [] and path.read_bytes() == whole
+
+    # One episode is missing, and a crash has cut the last line in half.
+    path.write_bytes(b"".join([*lines[:3], *lines[4:9], lines[9][: len(lines[9]) // 2]]))
+    (tmp_path / "results.json").unlink()
+    status, again = run(tmp_path, *flags, "--resume")
+    assert status == 0 and len(plays) == 2
+    assert [(task.id, seed) for task, _, seed in plays] == [
+        (json.loads(line)["task"]["id"], f"0:eval:desk/test/{json.loads(line)['task']['id']}:1")
+        for line in (lines[3], lines[9])
+    ]
+    assert sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines)
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows]
+
+
+@pytest.mark.parametrize("left", [b"", b"half a line without an end"])
+def test_a_file_with_nothing_whole_in_it_is_begun_anew(tmp_path, plays, left):
+    flags = ("--agent", "gold", "--domains", "desk", "--tasks", 1, "--num-trials", 1)
+    run(tmp_path, *flags)
+    (tmp_path / "episodes-0.jsonl").write_bytes(left)
+    assert run(tmp_path, *flags, "--resume")[0] == 0
+    assert len(plays) == 2 and len(episodes(tmp_path)) == 1
+
+
+def test_a_policy_resumes_too(tmp_path, tiny_dir, monkeypatch):
+    flags = ("--model", tiny_dir, "--domains", "desk", "--tasks", 2, "--max-turns", 1, "--max-new-tokens", 4)
+    run(tmp_path, *flags)
+    path = tmp_path / "episodes-0.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:5]) + lines[5][:40])
+    sessions = []
+    generate = local.LocalEngine.generate
+
+    def counted(self, prompt_ids, sampling, *, session, seed):
+        sessions.append(session)
+        return generate(self, prompt_ids, sampling, session=session, seed=seed)
+
+    monkeypatch.setattr(local.LocalEngine, "generate", counted)
+    assert run(tmp_path, *flags, "--resume")[0] == 0
+    assert len(sessions) == len(set(sessions)) == 3
+    assert path.read_bytes().startswith(b"".join(lines[:5]))
+    played = {(t.task.key, t.sample) for t in episodes(tmp_path)}
+    assert len(played) == len(episodes(tmp_path)) == 8
+
+
+def test_another_evaluation_may_not_go_on_in_the_same_folder(tmp_path, capsys):
+    run(tmp_path, "--agent", "gold", "--domains", "desk", "--tasks", 1, "--num-trials", 1)
+    assert run(tmp_path, "--agent", "refuse", "--domains", "desk", "--tasks", 1, "--resume")[0] == 2
+    assert "agent ('gold', now 'refuse')" in capsys.readouterr().err
+
+
+def test_what_broke_on_our_side_is_not_in_the_denominator(tmp_path, monkeypatch, capsys):
+    demonstrate = Courier.demonstrate
+
+    def sometimes(self, task, agent, seed):
+        if task.id == "256" or (task.id == "257" and seed.endswith(":1")):
+            raise EnvError("the grader is out")
+        return demonstrate(self, task, agent, seed)
+
+    monkeypatch.setattr(Courier, "demonstrate", sometimes)
+    status, rows = run(tmp_path, "--agent", "gold", "--domains", "desk", "--tasks", 3, "--num-trials", 4)
+    row = rows[0]
+    assert status == 0
+    assert row["errors"] == 5 and row["stops"]["env_error"] == 5
+    assert row["tasks"] == 2  # one task has no verdict at all
+    assert row["pass@1"] == 1.0 and row["pass^4"] == 1.0  # 5 of 12 would have been failures
+    assert "5 of 12 EPISODES BROKE ON OUR SIDE" in capsys.readouterr().out
+    broken = [t for t in episodes(tmp_path) if t.stop.ours]
+    assert {t.detail for t in broken} == {"the grader is out"} and all(t.evaluation is None for t in broken)
+
+
+def test_when_everything_broke_there_is_a_table_all_the_same(tmp_path, monkeypatch):
+    def never(self, task, agent, seed):
+        raise EnvError("the grader is out")
+
+    monkeypatch.setattr(Courier, "demonstrate", never)
+    status, rows = run(tmp_path, "--agent", "gold", "--domains", "desk", "--tasks", 1, "--num-trials", 1)
+    assert status == 0 and rows[0]["pass@1"] is None and rows[0]["tasks"] == 0 and rows[0]["errors"] == 1
+
+
+def test_a_row_counts_tasks_and_not_episodes():
+    cfg = script.config.Evaluation(num_trials=4, agent="gold")
+
+    def episode(task, sample, reward, stop=Stop.USER_STOP):
+        evaluation = None if stop.ours else Evaluation(reward)
+        return Trajectory(Task("desk", "test", task), sample, stop=stop, evaluation=evaluation)
+
+    played = [episode("a", i, float(i < 2)) for i in range(4)]  # 2 of 4
+    played += [episode("b", i, 1.0) for i in range(3)] + [episode("b", 3, 0.0, Stop.USER_ERROR)]  # 3 of 3
+    played += [episode("c", i, 0.9) for i in range(4)]  # almost is not solved
+    row = script.row(cfg, "desk", played, 1.25)
+    assert row["pass@1"] == pytest.approx((0.5 + 1.0 + 0.0) / 3)
+    assert row["pass@4"] == pytest.approx((1.0 + 0.0) / 2)  # b has no fourth trial
+    assert row["pass^2"] == pytest.approx((1 / 6 + 1.0 + 0.0) / 3)
+    assert row["errors"] == 1 and row["tasks"] == 3 and row["seconds"] == 1.2
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--agent", "gold", "--tasks", "1"], "--out is needed"),
+        (["--out", "OUT"], "--model is needed"),
+        (["--out", "OUT", "--agent", "gold", "--domains", "moon"], "moon"),
+        (["--out", "OUT", "--agent", "gold", "--split", "dev"], "dev"),
+        (["--out", "OUT", "--agent", "gold", "--num-trials", "0"], "--num-trials"),
+        (["--out", "OUT", "--agent", "gold", "--tasks", "-1"], "--tasks"),
+        (["--out", "OUT", "--model", "OUT/none"], "none"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, flags, hint):
+    out = tmp_path / "out"
+    assert script.main([flag.replace("OUT", str(out)) for flag in flags]) == 2
+    err = capsys.readouterr().err
+    assert hint in err and err.count("\n") == 1
+    assert not out.exists()

@@ -1,0 +1,213 @@
+"""Two real processes against one: the same gradients, the same weights, the same checkpoints.
+
+torchrun costs seconds, so one start does everything (tests/ranks.py) and the tests read what it found.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from conftest import small_model
+
+from minitau import checkpoint, parallel
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture(scope="module")
+def one():
+    """What a single process does: weights after three and five steps, and the run they belong to."""
+    run, reference = ranks.new_run(), ranks.new_reference()
+    assert not parallel.is_sharded(run.model)
+    metrics = ranks.train_steps(run, reference, range(3))
+    return {"run": run, "reference": reference, "metrics": metrics, "at three": ranks.weights_of(run.model)}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, one):
+    """(folder, what rank 0 found, what rank 1 found). Before they start, one process leaves them a checkpoint."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ranks.save(one["run"], folder / "by-one", 3)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "ranks.py"), str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, *(torch.load(folder / f"rank-{rank}.pt") for rank in range(2))
+
+
+@torch.no_grad()
+def assert_same(found, expected, error=0.0):
+    """Names, shapes, and values up to `error` of the largest entry of each tensor; 0 is bit for bit."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].shape == expected[name].shape and found[name].dtype == expected[name].dtype, name
+        scale = float(expected[name].abs().max())
+        assert float((found[name] - expected[name]).abs().max()) <= error * scale, name
+
+
+def test_gather_from_main_and_sums(two):
+    _, *both = two
+    for found in both:
+        assert found["small talk"] == {
+            "gather": [{"rank": 0}, {"rank": 1}],
+            "from_main": "said by 0",
+            "sum": {"a": 3.0, "b": 1.0},
+        }
+
+
+def test_one_process_talks_to_itself():
+    assert (parallel.rank(), parallel.world_size(), parallel.is_main()) == (0, 1, True)
+    assert parallel.gather("x") == ["x"] and parallel.from_main("x") == "x"
+    assert parallel.sum_over_ranks({"a": 1.5}) == {"a": 1.5}
+    parallel.barrier()
+
+
+def test_a_queue_hands_out_each_index_once(two):
+    """Over ranks and over threads; and both ranks got some, or this test would prove little."""
+    _, first, second = two
+    for name, n in ranks.QUEUES.items():
+        assert sorted(first["queues"][name] + second["queues"][name]) == list(range(n))
+    assert first["queues"]["many"] and second["queues"]["many"]
+    for name, n in ranks.QUEUES.items():
+        assert sorted(ranks.take_all(name, n)) == list(range(n))
+
+
+@pytest.mark.parametrize("name, shape", [("tied", {}), ("untied", {"tie_word_embeddings": False})])
+def test_gradients_of_two_ranks_are_those_of_one(two, name, shape):
+    _, *both = two
+    run, reference = ranks.new_run(**shape), ranks.new_reference(**shape)
+    expected = ranks.gradients_of(run, reference, ranks.samples_of())
+    norm = parallel.clip_grad_norm(run.model, 0.05)
+    clipped = {n: ranks.whole(p.grad) for n, p in run.model.named_parameters()}
+    assert norm > 0.05 and all(float(gradient.abs().max()) > 0 for gradient in expected.values())
+    by_hand = sum(float(gradient.double().square().sum()) for gradient in expected.values()) ** 0.5
+    assert norm == pytest.approx(by_hand, rel=1e-5)
+    for found in both:
+        assert_same(found[name]["start"], dict(small_model(**shape).named_parameters()))
+        assert_same(found[name]["gradients"], expected, error=1e-5)
+        assert found[name]["norm"] == pytest.approx(norm, rel=1e-5)
+        assert_same(found[name]["clipped"], clipped, error=1e-5)
+    assert_same(clipped, {n: gradient * 0.05 / norm for n, gradient in expected.items()}, error=1e-4)
+
+
+def test_a_rank_without_work_takes_part(two):
+    _, *both = two
+    expected = ranks.gradients_of(ranks.new_run(), ranks.new_reference(), ranks.samples_of(n=1))
+    for found in both:
+        assert_same(found["one sample"], expected, error=1e-5)
+
+
+def test_recomputing_blocks_under_sharding(two):
+    """Activation checkpointing runs each block's gathering a second time, inside backward."""
+    _, *both = two
+    for found in both:
+        assert_same(found["recomputed"], found["tied"]["gradients"], error=1e-6)
+
+
+def test_training_on_two_ranks_is_training_on_one(two, one):
+    _, *both = two
+    for found in both:
+        assert_same(found["at three"], one["at three"], error=1e-3)  # Adam divides by small numbers
+        assert len(found["metrics"]) == len(one["metrics"])
+        for mine, theirs in zip(found["metrics"], one["metrics"]):
+            assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    assert both[0]["metrics"] == both[1]["metrics"]  # what is logged is global, not the rank's own
+    start = dict(small_model().named_parameters())
+    assert (
+        max(float((one["at three"][n] - start[n].detach()).abs().max()) for n in start) > 0.02
+    )  # there was something to match
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(two, one):
+    folder, first, _ = two
+    run = ranks.new_run(seed=7)
+    assert checkpoint.load(folder / "by-two", run.model, run.optimizer) == {"step": 3, "mark": 3}
+    assert_same(ranks.weights_of(run.model), first["at three"])
+    assert {float(state["step"]) for state in run.optimizer.state.values()} == {3.0}
+    ranks.train_steps(run, one["reference"], range(3, 5))
+    assert_same(ranks.weights_of(run.model), first["at five"], error=1e-3)
+
+
+def test_a_checkpoint_of_one_process_goes_on_on_two_ranks(two, one):
+    folder, *both = two
+    run = ranks.new_run(seed=7)
+    checkpoint.load(folder / "by-one", run.model, run.optimizer)
+    ranks.train_steps(run, one["reference"], range(3, 5))
+    for found in both:
+        assert found["loaded"]["state"] == {"step": 3, "mark": 3}
+        assert_same(found["loaded"]["weights"], one["at three"])
+        assert_same(found["resumed"], ranks.weights_of(run.model), error=1e-3)
+
+
+def test_the_model_written_by_two_ranks_is_whole(two):
+    folder, first, _ = two
+    place = checkpoint.latest(folder / "by-two")
+    assert_same(dict(checkpoint.load_model(place / "model").named_parameters()), first["at three"])
+    assert [path.name for path in (folder / "by-two" / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_whole_weights_in_and_out(two):
+    """full_weights gives back what load_weights took, on every rank and in every entry."""
+    _, *both = two
+    expected = dict(small_model(5).named_parameters())
+    for found in both:
+        assert_same(found["load_weights"], expected)
+    run = ranks.new_run()
+    parallel.load_weights(run.model, expected)
+    assert_same(ranks.weights_of(run.model), expected)
+
+
+def test_bfloat16_keeps_fp32_master_weights(two):
+    """After a step with learning rate 0 they are what they were, to the last bit."""
+    _, *both = two
+    expected = dict(small_model(5).named_parameters())
+    for found in both:
+        assert_same(found["after bf16"], expected)
+        assert 0 < found["bf16"]["grad_norm"] < float("inf")
+
+
+def test_bfloat16_in_one_process(one):
+    """One GPU in bf16 is FSDP over a mesh of one; the same on a CPU, with nobody to talk to but itself."""
+    samples, reference = ranks.samples_of(), one["reference"]
+    exact = ranks.gradients_of(ranks.new_run(), reference, samples)
+    try:
+        run = ranks.new_run(dtype=torch.bfloat16)
+        assert parallel.is_sharded(run.model)
+        start = dict(small_model().named_parameters())
+        assert_same(ranks.weights_of(run.model), start)
+        rough = ranks.gradients_of(run, reference, samples)
+        for name, gradient in exact.items():
+            assert rough[name].dtype == torch.float32
+            assert float((rough[name] - gradient).norm()) < 0.2 * float(gradient.norm()), name
+        assert_same(ranks.weights_of(run.model), start)
+        assert sorted(ranks.take_all("alone", 20)) == list(range(20))
+        assert parallel.gather("x") == ["x"]
+    finally:
+        parallel.stop()
+
+
+def test_whole_weights_after_a_forward_without_backward(two):
+    """Scoring leaves gathered bf16 copies behind; what is synced to the engine and saved must not be those."""
+    _, *both = two
+    expected = dict(small_model(5).named_parameters())
+    for found in both:
+        assert_same(found["after scoring"], expected)
+
+
+def test_a_full_disk_on_one_rank_stops_both(two):
+    """Neither waits for the other, both say the same, and nothing half written stays."""
+    folder, first, second = two
+    assert first["full disk"] == second["full disk"]
+    for rank, text in enumerate(first["full disk"]):
+        assert "step 9 was not written" in text and "File too large" in text and "\n" not in text
+        assert list((folder / f"full-{rank}" / "checkpoints").iterdir()) == []

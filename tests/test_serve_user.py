@@ -1,0 +1,252 @@
+"""The user simulator's endpoint: the real server on a free port, asked over HTTP as tau2's litellm asks it."""
+
+import json
+import os
+import socket
+import threading
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+import serve_user
+from minitau import config
+from minitau.chat import load_chat
+from minitau.checkpoint import load_model
+from minitau.engines import open_engine
+from minitau.envs.courier.tools import schemas
+from minitau.episode import Call, Completion, EngineError, Message
+
+TALK = [
+    {"role": "system", "content": "You are Ada. You want P12."},
+    {"role": "user", "content": "Hello, how can I help?"},
+]
+TOOLS = list(schemas("desk"))
+CFG = config.Server(port=0, max_new_tokens=12, max_tokens=512, concurrency=16)
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_dir):
+    return load_chat(tiny_dir, "native")
+
+
+@contextmanager
+def serving(chat, engine):
+    """The base URL of a running server."""
+    server = serve_user.make_server(CFG, chat, engine)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def base(chat, tiny_dir):
+    """A server over the tiny model."""
+    with serving(chat, open_engine(CFG, load_model(tiny_dir).requires_grad_(False), chat.stop_ids)) as url:
+        yield url
+
+
+class Says:
+    """An engine that always says the same ids, or raises."""
+
+    def __init__(self, reply):
+        self.reply = reply
+
+    def generate(self, prompt_ids, sampling, *, session, seed):
+        if isinstance(self.reply, Exception):
+            raise self.reply
+        return Completion(tuple(self.reply), (-1.0,) * len(self.reply), "stop", 0)
+
+    def close(self):
+        pass
+
+
+def ask(url, body=None):
+    """(status, parsed reply) of a GET, or of a POST if there is a body (a row, or bytes as they are)."""
+    data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=20) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def complete(base, **body):
+    return ask(f"{base}/v1/chat/completions", {"messages": TALK, **body})
+
+
+def test_health_models_and_unknown_paths(base):
+    assert ask(f"{base}/health") == (200, {"status": "ok"})
+    status, models = ask(f"{base}/v1/models")
+    assert status == 200 and [row["id"] for row in models["data"]] == ["minitau-user"]
+    for reply in (ask(f"{base}/nothing"), ask(f"{base}/v1/completions", {"prompt": "x"})):
+        assert reply[0] == 404 and "no such path" in reply[1]["error"]["message"]
+
+
+def test_it_listens_on_loopback_only(base):
+    port = int(base.rsplit(":", 1)[1])
+    mine = [row[4][0] for row in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
+    for address in (a for a in mine if not a.startswith("127.")):
+        with pytest.raises(OSError):
+            socket.create_connection((address, port), timeout=0.5).close()
+
+
+def test_a_chat_completion(base, chat):
+    status, row = complete(base, seed=1, temperature=1.0, tools=TOOLS)
+    assert status == 200 and row["object"] == "chat.completion" and row["model"] == "minitau-user"
+    (choice,) = row["choices"]
+    assert choice["index"] == 0 and choice["message"]["role"] == "assistant"
+    assert isinstance(choice["message"]["content"], str) and "tool_calls" not in choice["message"]
+    assert choice["finish_reason"] in ("stop", "length")
+    usage = row["usage"]
+    assert 1 <= usage["completion_tokens"] <= 12
+    assert usage["prompt_tokens"] + usage["completion_tokens"] == usage["total_tokens"]
+    assert usage["prompt_tokens"] > complete(base)[1]["usage"]["prompt_tokens"]  # the tools are in the prompt
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_the_length_of_a_reply_is_limited(base, name):
+    row = complete(base, **{name: 3}, seed=1)[1]
+    assert row["usage"]["completion_tokens"] == 3 and row["choices"][0]["finish_reason"] == "length"
+    assert complete(base, **{name: 10_000}, seed=1)[0] == 200  # as much as the context has room for
+
+
+def test_the_same_seed_gives_the_same_answer_and_others_differ(base):
+    def text(**body):
+        return complete(base, **body)[1]["choices"][0]["message"]["content"]
+
+    assert text(seed=5) == text(seed=5)
+    assert len({text(seed=seed) for seed in range(6)}) > 3
+    assert len({text() for _ in range(6)}) > 3  # without a seed, each is drawn anew
+    assert text(temperature=0) == text(temperature=0, seed=9)
+
+
+def test_sixteen_at_once_are_each_answered_as_if_alone(base):
+    def one(i):
+        return ask(
+            f"{base}/v1/chat/completions",
+            {"messages": [*TALK, {"role": "user", "content": f"Number {i}"}], "seed": i},
+        )
+
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(one, range(16)))
+    assert [status for status, _ in together] == [200] * 16
+    alone = [one(i) for i in range(16)]
+    contents = [[row["choices"][0]["message"]["content"] for _, row in rows] for rows in (together, alone)]
+    assert contents[0] == contents[1]
+    assert len({row["id"] for _, row in together}) == 16
+
+
+def test_a_conversation_with_calls_and_results_can_be_sent_back(base):
+    call = {"id": "call_1", "type": "function", "function": {"name": "hold", "arguments": '{"parcel": "P12"}'}}
+    messages = [*TALK, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages += [{"role": "tool", "tool_call_id": "call_1", "content": '{"receipt":"R10"}'}]
+    assert complete(base, messages=messages, tools=TOOLS)[0] == 200
+
+
+def test_a_tool_call_is_given_as_openai_gives_it(chat):
+    calls = (Call("hold", {"parcel": "P12", "é": [1, None]}), Call("cancel", {}))
+    with serving(chat, Says(chat.write(Message("assistant", "I press it.", calls)))) as base:
+        status, row = complete(base, tools=TOOLS)
+    (choice,) = row["choices"]
+    assert status == 200 and choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None  # tau2 allows words or calls, never both
+    given = choice["message"]["tool_calls"]
+    assert [(g["type"], g["function"]["name"]) for g in given] == [("function", "hold"), ("function", "cancel")]
+    assert [json.loads(g["function"]["arguments"]) for g in given] == [calls[0].arguments, {}]
+    assert len({g["id"] for g in given}) == 2
+
+
+def test_words_are_words_and_a_malformed_call_is_passed_on_as_text(chat):
+    for text in ("I want P12. é ☃", "<tool_call>{", '<tool_call>{"name": "fly", "arguments": {}}</tool_call>'):
+        with serving(chat, Says([*chat.encode(text), chat.eos_id])) as base:
+            row = complete(base, tools=TOOLS)[1]["choices"][0]
+        assert row == {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+
+
+def test_a_thought_is_not_passed_on(chat):
+    with serving(chat, Says([*chat.encode("<think>hm</think>\n\nHello."), chat.eos_id])) as base:
+        assert complete(base)[1]["choices"][0]["message"]["content"] == "Hello."
+
+
+BAD = {
+    "not JSON": b"{",
+    "empty": b"",
+    "a list": [],
+    "no messages": {},
+    "no messages in it": {"messages": []},
+    "messages are text": {"messages": "hello"},
+    "a message is text": {"messages": ["hello"]},
+    "unknown role": {"messages": [{"role": "robot", "content": "x"}]},
+    "content is a list": {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+    "half a character": b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    "calls are a number": {"messages": [*TALK, {"role": "assistant", "tool_calls": 5}]},
+    "streaming": {"messages": TALK, "stream": True},
+    "tools are text": {"messages": TALK, "tools": "hold"},
+    "tools without names": {"messages": TALK, "tools": [{"type": "function"}]},
+    "temperature is text": {"messages": TALK, "temperature": "warm"},
+    "temperature is negative": {"messages": TALK, "temperature": -1},
+    "temperature is not a number": b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+    "seed is an object": {"messages": TALK, "seed": {}},
+    "length is infinite": b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1e999}',
+    "length is negative": {"messages": TALK, "max_tokens": -3},
+    "nested too deep": b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("body", BAD.values(), ids=BAD)
+def test_a_bad_request_is_answered_with_what_is_wrong(base, body):
+    status, row = ask(f"{base}/v1/chat/completions", body)
+    assert status == 400 and row["error"]["message"]
+    assert ask(f"{base}/health")[0] == 200
+
+
+def test_a_conversation_that_does_not_fit_is_refused(base):
+    # 400 would be better than 503: a client tries a 503 again.
+    status, row = complete(base, messages=[{"role": "user", "content": "P12 " * 1000}])
+    assert status in (400, 503) and "tokens" in row["error"]["message"]
+
+
+def test_an_engine_that_fails_is_503(chat):
+    with serving(chat, Says(EngineError("out of memory"))) as base:
+        status, row = complete(base)
+    assert status == 503 and row["error"]["message"] == "out of memory"
+
+
+def test_a_broken_header_is_answered(base):
+    with socket.create_connection(("127.0.0.1", int(base.rsplit(":", 1)[1])), timeout=5) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+
+
+def test_main_says_what_is_missing_in_one_line(tiny_dir, tmp_path, capsys, base):
+    assert serve_user.main([]) == 2
+    assert serve_user.main(["--model", str(tmp_path)]) == 2
+    assert serve_user.main(["--model", str(tiny_dir), "--port", base.rsplit(":", 1)[1]]) == 1  # taken
+    err = capsys.readouterr().err
+    assert err.count("\n") == 3 and "--model is needed" in err and "choose another --port" in err
+
+
+def test_litellm_speaks_to_it(base, chat):
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no look-up in the network
+    litellm = pytest.importorskip("litellm")
+    options = {"model": "openai/minitau-user", "api_key": "none", "messages": TALK, "seed": 5, "temperature": 0.7}
+    reply = litellm.completion(**options, api_base=f"{base}/v1", tools=TOOLS, max_tokens=8)
+    assert (
+        reply.choices[0].message.content
+        == complete(base, seed=5, temperature=0.7, tools=TOOLS, max_tokens=8)[1]["choices"][0]["message"]["content"]
+    )
+    with serving(chat, Says(chat.write(Message("assistant", "", (Call("hold", {"parcel": "P12"}),))))) as other:
+        reply = litellm.completion(**options, api_base=f"{other}/v1", tools=TOOLS)
+    (call,) = reply.choices[0].message.tool_calls
+    assert call.function.name == "hold" and json.loads(call.function.arguments) == {"parcel": "P12"}
+    with pytest.raises(litellm.BadRequestError):
+        litellm.completion(**{**options, "messages": [{"role": "robot", "content": "x"}]}, api_base=f"{base}/v1")
