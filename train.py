@@ -10,15 +10,11 @@ RUN/model is the result, a Hugging Face directory; RUN/metrics.jsonl has one lin
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
-import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from random import Random
 
 import torch
@@ -26,13 +22,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minitau import batch, checkpoint, config, grpo, parallel, reward, rollout, sft
-from minitau.chat import Chat, load_chat
 from minitau.curriculum import Curriculum
 from minitau.engines import open_engine
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory, World
-from minitau.log import Clock, MetricsLog
+from minitau.log import Clock
 from minitau.model import Qwen3, packed_attention
+from minitau.run import Run, export, micro_batches, open_reference, open_run, save, save_trajectories, say, update
+
+Group = tuple[list[Trajectory], list[float]]  # the attempts at one task, and their shaped rewards
 
 # -- the three stages --------------------------------------------------------------------------------
 
@@ -53,37 +51,12 @@ def train_rft(cfg: config.RFT) -> None:
     tasks = rollout.training_tasks(world, cfg.domains, cfg.tasks)
     run = open_run("rft", cfg)
     rounds = [tasks[i : i + cfg.round_tasks] for i in range(0, len(tasks), cfg.round_tasks)]
-    groups = []
-    stage = None
-    for number, chosen in enumerate(rounds, 1):
-        path = run.dir / "collected" / f"round-{number:04d}.jsonl"
-        if not path.is_file():
-            stage = stage or rollout.open_stage(cfg, world, open_engine(cfg, run.model, run.chat.stop_ids), run.chat)
-            clock = Clock()
-            with clock.phase("sync"):  # also forgets cached prefixes: a round repeats bit for bit
-                stage.engine.sync(parallel.full_weights(run.model), version=0)
-            with clock.phase("rollout"):
-                jobs = rollout.group_jobs(chosen, cfg.samples)
-                played = rollout.collect(jobs, stage, seed=f"{cfg.seed}:rft:{number}", label=f"round {number}")
-            run.log.write({"step": number, **rollout.summary(played), **clock.report()}, ("reward", "turns_mean"))
-            if parallel.is_main():
-                path.parent.mkdir(exist_ok=True)
-                sft.write_rows(path, (t.to_json() for t in played))
-            parallel.barrier()
-        with open(path, encoding="utf-8") as file:
-            groups += rollout.groups_of([Trajectory.from_json(json.loads(line)) for line in file], cfg.samples)
-    if stage:
-        stage.engine.close()
-    kept = sft.reject(groups, cfg.min_partial)
-    solved = Counter(t.task.domain for t in kept if t.success)
-    partly = Counter(t.task.domain for t in kept if not t.success)
-    kept_tasks = {t.task for t in kept}
-    lost = Counter(task.domain for task in tasks if task not in kept_tasks)
-    say(f"kept {len(kept)} episodes: solved {dict(solved)}, partly {dict(partly)}; tasks lost {dict(lost)}")
+    kept = sft.reject(collect_rounds(run, cfg, world, rounds), cfg.min_partial)
+    report_kept(kept, tasks)
     if not kept:
         say("no episode was good enough to train on: the result is the model that this stage started from")
         save(run, cfg, len(rounds), {})
-        return export(run, cfg)
+        return export(run)
     fit(run, cfg, kept, steps_before=len(rounds))
 
 
@@ -105,18 +78,8 @@ def train_grpo(cfg: config.GRPO) -> None:
     for step in range(run.step + 1, cfg.steps + 1):
         with clock.phase("rollout"):
             groups, played, drawn = draw_groups(cfg, step, curriculum, stage)
-        samples = weigh(cfg, groups)
-        updates = []
-        for chunk in split(samples, cfg.updates_per_step):
-            updates.append(
-                batch.micro_batches(
-                    set_weights(cfg, chunk),
-                    budget=cfg.micro_batch_tokens,
-                    rank=parallel.rank(),
-                    world_size=parallel.world_size(),
-                    device=parallel.device(),
-                )
-            )
+        chunks = [weigh(cfg, part) for part in split(groups, cfg.updates_per_step)]
+        updates = [micro_batches(cfg, chunk) for chunk in chunks]
         with clock.phase("logprobs"):
             if reference:
                 updates = [[score(reference, mb, cfg, "reference_N") for mb in mbs] for mbs in updates]
@@ -130,20 +93,18 @@ def train_grpo(cfg: config.GRPO) -> None:
             "step": step,
             **rollout.summary(played),
             **drawn,
-            **{name: sum(each[name] for each in losses) / max(1, len(losses)) for name in (losses or [{}])[0]},
+            **mean_of(losses),
             **clock.report(),
         }
         run.log.write(metrics, ("reward", "partial", "zero_variance_share"))
-        save_trajectories(run, step, played, samples)
+        save_trajectories(run, step, played, [sample for chunk in chunks for sample in chunk])
         clock = Clock()  # the time of a checkpoint stands in the line of the step after it
         if step % cfg.save_every == 0 or step == cfg.steps:
             with clock.phase("checkpoint"):
                 save(run, cfg, step, {"curriculum": curriculum.state_dict()})
     engine.close()
-    export(run, cfg)
+    export(run)
 
-
-Group = tuple[list[Trajectory], list[float]]  # the attempts at one task, and their shaped rewards
 
 # -- what a GRPO step is made of -----------------------------------------------------------------------
 
@@ -184,28 +145,30 @@ def draw_groups(
     return groups, played, {"groups": len(drawn), "zero_variance_share": flat / len(drawn), "rounds": number + 1}
 
 
+def split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
+    """The batch cut into `parts` of about the same size (fewer if there are fewer groups), in order."""
+    parts = min(parts, len(groups))
+    return [groups[i * len(groups) // parts : (i + 1) * len(groups) // parts] for i in range(parts)]
+
+
 def weigh(cfg: config.GRPO, groups: Sequence[Group]) -> list[batch.Sample]:
-    """Every trajectory of the batch with its advantage; episodes that broke on our side stay out."""
-    if not groups:
-        return []
+    """The trajectories of one optimizer step, each with its advantage and its tokens' weight in the loss.
+
+    Episodes that broke on our side stay out.
+    """
     shaped_PG = torch.tensor([shaped for _, shaped in groups], dtype=torch.float64)
     counted_PG = torch.tensor([[not t.stop.ours for t in group] for group, _ in groups])
     advantages_PG = grpo.advantages(shaped_PG, counted_PG, divide_by_std=cfg.divide_by_std)
-    pairs = zip(itertools.chain(*(group for group, _ in groups)), advantages_PG.flatten().tolist())
-    return [batch.Sample(trajectory, advantage) for trajectory, advantage in pairs if not trajectory.stop.ours]
+    trajectories = [t for group, _ in groups for t in group]
+    pairs = [(t, a) for t, a in zip(trajectories, advantages_PG.flatten().tolist()) if not t.stop.ours]
+    said_S = torch.tensor([sum(t.said) for t, _ in pairs])
+    weights_S = grpo.token_weights(said_S, cfg.aggregation, max_tokens=cfg.max_tokens)
+    return [batch.Sample(t, advantage, weight) for (t, advantage), weight in zip(pairs, weights_S.tolist())]
 
 
-def split(samples: list[batch.Sample], parts: int) -> list[list[batch.Sample]]:
-    """At most `parts` pieces of about the same size, none empty."""
-    size = math.ceil(len(samples) / parts)
-    return [samples[i : i + size] for i in range(0, len(samples), size)] if samples else []
-
-
-def set_weights(cfg: config.GRPO, samples: list[batch.Sample]) -> list[batch.Sample]:
-    """The samples of one optimizer step with the weight that each of their tokens has in its loss."""
-    said_S = torch.tensor([sum(sample.trajectory.said) for sample in samples])
-    weights = grpo.token_weights(said_S, cfg.aggregation, max_tokens=cfg.max_tokens).tolist()
-    return [dataclasses.replace(sample, weight=weight) for sample, weight in zip(samples, weights)]
+def mean_of(losses: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the updates of a step; empty if no group taught anything and there was none."""
+    return {name: sum(each[name] for each in losses) / len(losses) for name in (losses[0] if losses else ())}
 
 
 def forward(model: Qwen3, mb: batch.MicroBatch, temperature: float, dtype: str) -> tuple[Tensor, Tensor]:
@@ -228,10 +191,10 @@ def grpo_loss(model: Qwen3, mb: batch.MicroBatch, cfg: config.GRPO) -> tuple[Ten
         logprobs_N, old_N, mb.advantages_N, clip_low=cfg.clip_low, clip_high=cfg.clip_high
     )
     live_N = (mb.weights_N > 0).float()
-    kept_N = live_N
+    kept_N = live_N * grpo.sequence_mask(old_N, mb.rollout_N, mb.sequence_N, cfg.sequence_low, cfg.sequence_high)
+    policy_N = policy_N * kept_N
     if cfg.importance_cap:
-        kept_N = live_N * grpo.sequence_mask(old_N, mb.rollout_N, mb.sequence_N, cfg.sequence_low, cfg.sequence_high)
-        policy_N = policy_N * kept_N * grpo.truncated_importance(old_N, mb.rollout_N, cfg.importance_cap)
+        policy_N = policy_N * grpo.truncated_importance(old_N, mb.rollout_N, cfg.importance_cap)
     loss_N = policy_N - cfg.entropy * entropy_N
     kl_N = torch.zeros_like(loss_N)
     if mb.reference_N is not None:
@@ -255,56 +218,7 @@ def sft_loss(model: Qwen3, mb: batch.MicroBatch, dtype: str) -> tuple[Tensor, di
     return -(mb.weights_N * logprobs_N).sum(), {"entropy": ((mb.weights_N > 0) * entropy_N).sum()}
 
 
-# -- what all stages share -------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """An open run: its folder, its model, and where it stands."""
-
-    dir: Path
-    chat: Chat
-    model: Qwen3
-    optimizer: torch.optim.Optimizer
-    log: MetricsLog
-    step: int = 0  # the last one done
-    state: dict | None = None  # what the checkpoint of that step says
-
-
-def open_run(stage: str, cfg: config.Training) -> Run:
-    """Claim the folder, load model and tokenizer, shard, and restore the newest checkpoint if resuming."""
-    chat = load_chat(cfg.model, cfg.dialect)
-    model = checkpoint.load_model(cfg.model, activation_checkpointing=cfg.activation_checkpointing)
-    folder = Path(cfg.out)
-    settings = {"stage": stage, **dataclasses.asdict(cfg)}
-    if parallel.is_main():
-        config.claim_run_dir(cfg.out, cfg.resume, settings)
-    parallel.barrier()
-    model.to(parallel.device())
-    parallel.shard(model, model.model.layers, getattr(torch, cfg.dtype))
-    optimizer = adamw(model, cfg)
-    state = checkpoint.load(folder, model, optimizer) if cfg.resume else None
-    step = state["step"] if state else 0
-    logged = max(step, len(list((folder / "collected").glob("round-*.jsonl"))))
-    log = MetricsLog(folder, last_step=logged, enabled=parallel.is_main(), wandb=cfg.wandb, tensorboard=cfg.tensorboard)
-    if cfg.resume:
-        say(f"{cfg.out}: going on after step {logged}" if logged else f"{cfg.out}: nothing to resume, starting")
-    return Run(folder, chat, model, optimizer, log, step, state)
-
-
-def adamw(model: Qwen3, cfg: config.Training) -> torch.optim.Optimizer:
-    """AdamW; only matrices decay."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
-
-
-def open_reference(cfg: config.GRPO) -> Qwen3:
-    """The starting model, frozen: what KL holds the policy to."""
-    model = checkpoint.load_model(cfg.model).to(parallel.device())
-    parallel.shard(model, model.model.layers, getattr(torch, cfg.dtype))
-    return model.requires_grad_(False)
+# -- what the stages are made of -------------------------------------------------------------------------
 
 
 def screened(tasks: list[Task], world: World, run: Run) -> list[Task]:
@@ -315,7 +229,46 @@ def screened(tasks: list[Task], world: World, run: Run) -> list[Task]:
         checkpoint.write_json(path, [t.key for t in progress if rollout.pays_for_nothing(world, t)])
     free = set(parallel.from_main(json.loads(path.read_text()) if parallel.is_main() else None))
     say(f"left out {len(free)} of {len(tasks)} tasks that pay for refusing or transferring at once")
-    return [task for task in tasks if task.key not in free]
+    kept = [task for task in tasks if task.key not in free]
+    if not kept:
+        raise BadInput("every task pays for doing nothing; choose other --domains or add --no-screen")
+    return kept
+
+
+def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Sequence[Task]]) -> list[list[Trajectory]]:
+    """All attempts at all tasks, a list a task. Each round goes to disk whole, and is played only once."""
+    stage = None
+    groups = []
+    for number, tasks in enumerate(rounds, 1):
+        path = run.dir / "collected" / f"round-{number:04d}.jsonl"
+        if not path.is_file():
+            stage = stage or rollout.open_stage(cfg, world, open_engine(cfg, run.model, run.chat.stop_ids), run.chat)
+            clock = Clock()
+            with clock.phase("sync"):  # also forgets cached prefixes: a round repeats bit for bit
+                stage.engine.sync(parallel.full_weights(run.model), version=0)
+            with clock.phase("rollout"):
+                jobs = rollout.group_jobs(tasks, cfg.samples)
+                played = rollout.collect(jobs, stage, seed=f"{cfg.seed}:rft:{number}", label=f"round {number}")
+            run.log.write({"step": number, **rollout.summary(played), **clock.report()}, ("reward", "partial"))
+            if parallel.is_main():
+                path.parent.mkdir(exist_ok=True)
+                sft.write_rows(path, (t.to_json() for t in played))
+            parallel.barrier()
+        with open(path, encoding="utf-8") as file:
+            groups += rollout.groups_of([Trajectory.from_json(json.loads(line)) for line in file], cfg.samples)
+    if stage:
+        stage.engine.close()
+    return groups
+
+
+def report_kept(kept: Sequence[Trajectory], tasks: Sequence[Task]) -> None:
+    """Say what rejection kept and lost, by domain."""
+    kept_tasks = {t.task for t in kept}
+    solved = Counter(t.task.domain for t in kept if t.success)
+    partly = Counter(t.task.domain for t in kept if not t.success)
+    lost = Counter(task.domain for task in tasks if task not in kept_tasks)
+    for domain in sorted({task.domain for task in tasks}):
+        say(f"{domain}: kept {solved[domain]} solved and {partly[domain]} partial episodes, lost {lost[domain]} tasks")
 
 
 def fit(run: Run, cfg: config.SFT | config.RFT, trajectories: list[Trajectory], steps_before: int = 0) -> None:
@@ -335,13 +288,7 @@ def fit(run: Run, cfg: config.SFT | config.RFT, trajectories: list[Trajectory], 
         chosen = order[position * cfg.batch_size : (position + 1) * cfg.batch_size]
         said = sum(sum(t.said) for t in chosen)
         with clock.phase("update"):
-            mbs = batch.micro_batches(
-                [batch.Sample(t, weight=1.0 / said) for t in chosen],
-                budget=cfg.micro_batch_tokens,
-                rank=parallel.rank(),
-                world_size=parallel.world_size(),
-                device=parallel.device(),
-            )
+            mbs = micro_batches(cfg, [batch.Sample(t, weight=1.0 / said) for t in chosen])
             losses = update(run, cfg, mbs, lambda mb: sft_loss(run.model, mb, cfg.dtype), cosine(done, total, cfg))
         tokens = sum(len(t.ids) for t in chosen)
         metrics = {"step": step, "epoch": epoch, "tokens": tokens, "tokens_said": said, **losses, **clock.report()}
@@ -350,7 +297,7 @@ def fit(run: Run, cfg: config.SFT | config.RFT, trajectories: list[Trajectory], 
         if step % cfg.save_every == 0 or step == steps_before + total:
             with clock.phase("checkpoint"):
                 save(run, cfg, step, {})
-    export(run, cfg)
+    export(run)
 
 
 def cosine(done: int, total: int, cfg: config.SFT | config.RFT) -> float:
@@ -359,67 +306,6 @@ def cosine(done: int, total: int, cfg: config.SFT | config.RFT) -> float:
     if done < warmup:
         return cfg.lr * (done + 1) / warmup
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, total - warmup)))
-
-
-def update(
-    run: Run,
-    cfg: config.Training,
-    mbs: Sequence[batch.MicroBatch],
-    loss_of: Callable[[batch.MicroBatch], tuple[Tensor, dict[str, Tensor]]],
-    lr: float,
-) -> dict[str, float]:
-    """One optimizer step. Returns the loss, per-token means over the global batch, and the gradient norm."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    run.optimizer.zero_grad()
-    sums: Counter[str] = Counter()
-    for mb in mbs:
-        loss, shown = loss_of(mb)
-        parallel.backward(loss)
-        sums["loss"] += float(loss.detach())
-        sums["n"] += float((mb.weights_N > 0).sum())
-        for name, value in shown.items():
-            sums[name] += float(value.detach())
-    grad_norm = parallel.clip_grad_norm(run.model, cfg.max_grad_norm)
-    run.optimizer.step()
-    totals = parallel.sum_over_ranks(dict(sums))
-    n = max(1.0, totals.pop("n"))
-    means = {name: value if name == "loss" else value / n for name, value in totals.items()}
-    return {**means, "grad_norm": grad_norm, "lr": lr}
-
-
-def save(run: Run, cfg: config.Training, step: int, state: dict) -> None:
-    dtype, source = getattr(torch, cfg.dtype), Path(cfg.model)
-    checkpoint.save(run.dir, step, run.model, run.optimizer, state, dtype=dtype, tokenizer_dir=source, keep=cfg.keep)
-
-
-def export(run: Run, cfg: config.Training) -> None:
-    """RUN/model: what the newest checkpoint holds, under a name that stays."""
-    newest = checkpoint.latest(run.dir)
-    if parallel.is_main() and newest:
-        scratch, place = run.dir / ".model.tmp", run.dir / "model"
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.copytree(newest / "model", scratch)
-        shutil.rmtree(place, ignore_errors=True)
-        scratch.rename(place)
-    parallel.barrier()
-    say(f"the trained model is in {run.dir / 'model'}")
-
-
-def save_trajectories(run: Run, step: int, played: list[Trajectory], samples: list[batch.Sample]) -> None:
-    """RUN/trajectories/step-000001.jsonl: every episode of the step, with its advantage if it had one."""
-    if not parallel.is_main():
-        return
-    advantages = {id(sample.trajectory): sample.advantage for sample in samples}
-    folder = run.dir / "trajectories"
-    folder.mkdir(exist_ok=True)
-    rows = ({"step": step, "advantage": advantages.get(id(t)), **t.to_json()} for t in played)
-    sft.write_rows(folder / f"step-{step:06d}.jsonl", rows)
-
-
-def say(text: str) -> None:
-    if parallel.is_main():
-        print(text, flush=True)
 
 
 def main(argv: list[str]) -> int:

@@ -61,6 +61,8 @@ def read_config(model_dir: str | Path) -> ModelConfig:
         raise CheckpointError(f"{path}: RoPE scaling ({rope}) is not supported; remove it from config.json")
     if row.get("use_sliding_window") or row.get("attention_bias"):
         raise CheckpointError(f"{path}: sliding windows and attention biases are not supported")
+    if row.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{path}: hidden_act is {row['hidden_act']!r}; minitau's MLP is SwiGLU (silu) only")
     row.setdefault("rope_theta", rope.get("rope_theta"))
     row.setdefault("tie_word_embeddings", False)
     names = [field.name for field in dataclasses.fields(ModelConfig)]
@@ -101,7 +103,10 @@ def read_safetensors(model_dir: Path) -> Iterable[tuple[str, Tensor]]:
     """(name, tensor) of every tensor in the directory, one at a time."""
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: damaged ({type(error).__name__}: {error})") from None
     else:
         files = ["model.safetensors"]
     for file in files:
@@ -123,12 +128,14 @@ def save_pretrained(
     Rank 0 writes; the others only take their part in gathering `weights`. Raises OSError.
     """
     main = parallel.is_main()
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Any]] = []  # {"names": [...], "file": temporary name}
     batch: dict[str, Tensor] = {}
     size = total = 0
     problem: Exception | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = error
 
     def flush() -> None:
         nonlocal batch, size, problem
@@ -153,7 +160,7 @@ def save_pretrained(
         raise OSError(str(problem)) from problem
     if main:
         name_shards(folder, shards, total)
-        write_config(folder, cfg, dtype)
+        write_config(folder, cfg, dtype, tokenizer_dir)
         for file in TOKENIZER_FILES:
             if (tokenizer_dir / file).is_file() and tokenizer_dir != folder:
                 shutil.copyfile(Path(tokenizer_dir) / file, folder / file)
@@ -173,8 +180,12 @@ def name_shards(folder: Path, shards: list[dict[str, Any]], total: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def write_config(folder: Path, cfg: ModelConfig, dtype: torch.dtype) -> None:
-    row = {
+def write_config(folder: Path, cfg: ModelConfig, dtype: torch.dtype, source: Path) -> None:
+    """config.json: what the source's says of tokens and the like, and what the model is."""
+    path = source / "config.json"
+    row = json.loads(path.read_text()) if path.is_file() else {}
+    row.pop("dtype", None)  # transformers 5 writes this name, any version reads the older one
+    row |= {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         **dataclasses.asdict(cfg),
@@ -206,7 +217,8 @@ def save(
     place = run_dir / "checkpoints" / f"step-{step:06d}"
     scratch = place.with_name(f".{place.name}.tmp")
     if parallel.is_main():
-        shutil.rmtree(scratch, ignore_errors=True)
+        for leftover in place.parent.glob(".step-*.tmp"):  # of a crash, of whichever step
+            shutil.rmtree(leftover, ignore_errors=True)
     parallel.barrier()
     problem = ""
     try:
@@ -224,17 +236,18 @@ def save(
         advice = f"free some space and go on from {kept} with --resume" if kept else "free some space"
         raise CheckpointError(f"checkpoint of step {step} was not written ({problems[0]}); {advice}")
     if parallel.is_main():
-        shutil.rmtree(place, ignore_errors=True)  # only when a resumed run comes by the same step again
+        if place.exists():  # a resumed run came by the same step again
+            shutil.rmtree(place)
         scratch.rename(place)
         for old in all_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     parallel.barrier()
     return place
 
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step-*"))
+    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit())
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -247,8 +260,13 @@ def load(run_dir: Path, model: Qwen3, optimizer: torch.optim.Optimizer) -> dict[
     place = latest(run_dir)
     if place is None:
         return None
-    parallel.load_state(place / "state", model, optimizer)
-    return json.loads((place / "state.json").read_text())
+    try:
+        state = json.loads((place / "state.json").read_text())
+        parallel.load_state(place / "state", model, optimizer)
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{place}: cannot be read ({why}); remove it to go on from the one before") from None
+    return state
 
 
 def write_json(path: Path, row: Any) -> None:

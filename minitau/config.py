@@ -249,6 +249,11 @@ POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
     "tasks_per_step updates_per_step max_rounds num_trials micro_batch_tokens save_every keep"
 ).split()
 
+NOT_NEGATIVE = (  # noqa: SIM905  (likewise)
+    "lr weight_decay max_grad_norm warmup alpha clip_low clip_high entropy kl importance_cap sequence_low "
+    "sequence_high tasks patience temperature user_temperature"
+).split()
+
 
 def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
     """Raise BadInput for settings that cannot work, before anything is loaded."""
@@ -261,6 +266,9 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
             raise BadInput(f"--{name.replace('_', '-')} is {values[name]}; it must be at least 1")
     if values.get("group_size", 2) < 2:
         raise BadInput(f"--group-size is {values['group_size']}; a group needs at least 2 attempts to compare")
+    for name in NOT_NEGATIVE:
+        if not values.get(name, 0) >= 0:
+            raise BadInput(f"--{name.replace('_', '-')} is {values[name]}; it must not be negative")
     if isinstance(cfg, (RFT, GRPO)) and cfg.temperature <= 0:
         raise BadInput(f"--temperature is {cfg.temperature}; training samples need a temperature above 0")
     if isinstance(cfg, (RFT, GRPO)) and cfg.max_tokens > cfg.micro_batch_tokens:

@@ -45,9 +45,9 @@ class Curriculum:
         return max(FLOOR, 4 * p * (1 - p))
 
     def success_rate(self, task: Task) -> float:
-        """Estimate in (0, 1), pulled towards one half by one imaginary attempt."""
+        """Estimate in (0, 1), pulled towards one half by half an imaginary attempt."""
         solved, attempts = self.tallies.get(task.key, (0.0, 0.0))
-        return (solved + 0.5) / (attempts + 1.0)
+        return (solved + 0.25) / (attempts + 0.5)
 
     def update(self, task: Task, outcomes: Sequence[bool]) -> None:
         """Count the outcomes of one visit; an empty list (all attempts were lost) changes nothing."""

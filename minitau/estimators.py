@@ -14,7 +14,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     1 - C(n - c, k) / C(n, k) (Chen et al. 2021, eq. 1). Needs 1 <= k <= n.
     """
     assert 0 <= c <= n and 1 <= k <= n
-    return 1.0 - comb(n - c, k) / comb(n, k)
+    return (comb(n, k) - comb(n - c, k)) / comb(n, k)
 
 
 def pass_hat_k(n: int, c: int, k: int) -> float:
@@ -35,11 +35,16 @@ def mean_over_tasks(tallies: Sequence[tuple[int, int]], estimator, k: int) -> fl
 def bootstrap_interval(tallies: Sequence[tuple[int, int]], *, draws: int = 10_000, seed: int = 0) -> list[float]:
     """95% percentile interval [low, high] of pass@1 under resampling of tasks.
 
-    Tasks, not episodes, are drawn again: trials of one task resemble each other.
+    Tasks, not episodes, are drawn again: trials of one task resemble each other. Where every task
+    has rate 0, or every task 1, resampling shows no spread at all, and the exact binomial bound of as
+    many tasks stands in (Clopper & Pearson 1934).
     """
     rates = np.array([c / n for n, c in tallies if n])
     if not len(rates):
         return [0.0, 1.0]
+    if rates.max() == 0.0 or rates.min() == 1.0:
+        reach = 1.0 - 0.025 ** (1.0 / len(rates))
+        return [0.0, reach] if rates.max() == 0.0 else [1.0 - reach, 1.0]
     picks = np.random.default_rng(seed).integers(0, len(rates), size=(draws, len(rates)))
     low, high = np.quantile(rates[picks].mean(axis=1), [0.025, 0.975])
     return [float(low), float(high)]

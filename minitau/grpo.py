@@ -29,6 +29,9 @@ def advantages(rewards_PG: Tensor, counted_PG: Tensor, *, divide_by_std: bool) -
     count_P1 = counted_PG.sum(1, keepdim=True)
     mean_P1 = (rewards_PG * counted_PG).sum(1, keepdim=True) / count_P1.clamp(min=1)
     centred_PG = torch.where(counted_PG, rewards_PG - mean_P1, 0.0)
+    low_P1 = rewards_PG.masked_fill(~counted_PG, torch.inf).amin(1, keepdim=True)
+    high_P1 = rewards_PG.masked_fill(~counted_PG, -torch.inf).amax(1, keepdim=True)
+    centred_PG = torch.where(low_P1 < high_P1, centred_PG, 0.0)  # exactly, whatever the mean was rounded to
     if not divide_by_std:
         return centred_PG
     std_P1 = (centred_PG.square().sum(1, keepdim=True) / (count_P1 - 1).clamp(min=1)).sqrt()

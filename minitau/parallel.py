@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 # A single process saves without a process group on purpose; torch warns each time that it guesses so.
@@ -159,6 +159,8 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     A plain module yields its own parameters, not copies.
     """
+    if isinstance(model, FSDPModule):
+        model.reshard()  # a forward without backward leaves the root's parameters gathered, in compute dtype
     for name, parameter in model.named_parameters():
         whole = parameter.detach()
         yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
@@ -177,17 +179,29 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write fp32 weights and optimizer state, each rank its shards. Raises OSError if it cannot."""
+    fresh = not optimizer.state
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    if fresh:  # torch made the state by a step with zero gradients, and counted it
+        for each in optimizer.state.values():
+            each["step"].zero_()
     try:
         dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except dcp.api.CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        raise next((c for c in causes if isinstance(c, OSError)), OSError(str(causes[0]))) from error
+        raise os_error(error) from error
+
+
+def os_error(error: dcp.api.CheckpointException) -> OSError:
+    """The first rank's reason; torch's own exception is no Exception and has a traceback for a message."""
+    causes = [cause for cause, _ in error.failures.values()]
+    return next((c for c in causes if isinstance(c, OSError)), OSError(f"{type(causes[0]).__name__}: {causes[0]}"))
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Read what save_state wrote, on any number of ranks."""
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    try:
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except dcp.api.CheckpointException as error:
+        raise os_error(error) from error
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])

@@ -11,7 +11,7 @@ from minitau.episode import Evaluation
 
 SHAPINGS = ("none", "additive", "gated")
 
-# The published weights. Telecom's customer acts too, so what it did to its phone counts more.
+# The published weights. In telecom the customer does half of the work, so what it was told counts more.
 # Database equality has no weight: in telecom it is false for most gold replays.
 CHECK_WEIGHTS = {"action": 0.5, "communicate": 0.15, "env": 0.35, "db": 0.0}
 TELECOM_WEIGHTS = {"action": 0.35, "communicate": 0.35, "env": 0.30, "db": 0.0}
@@ -24,10 +24,11 @@ def partial(evaluation: Evaluation | None, domain: str) -> float:
     passed: dict[str, list[bool]] = {}
     for check in evaluation.checks if evaluation else ():
         passed.setdefault(check.kind, []).append(check.passed)
-    total = sum(weights[kind] for kind in passed)
+    present = [kind for kind in weights if kind in passed]  # in one order: `differs` compares exactly
+    total = sum(weights[kind] for kind in present)
     if total == 0:
         return 0.0
-    return sum(weights[kind] * sum(each) / len(each) for kind, each in passed.items()) / total
+    return sum(weights[kind] * sum(passed[kind]) / len(passed[kind]) for kind in present) / total
 
 
 def shape(

@@ -51,7 +51,7 @@ class Tiny(config.Episodes):
     """A tiny random Qwen3 and its tokenizer."""
 
     out: str = setting("", "directory to write")
-    vocab: int = setting(1280, "tokens at most")
+    vocab: int = setting(1280, "tokens at most; 256 of them are bytes")
     layers: int = setting(4, "blocks")
     hidden: int = setting(128, "hidden size")
     heads: int = setting(4, "query heads of 32; half as many key heads")
@@ -100,9 +100,13 @@ def world_texts(cfg: Tiny) -> list[str]:
 
 def make(cfg: Tiny, texts: Iterable[str]) -> Path:
     """Write the directory and return it."""
+    if cfg.vocab < 300 or cfg.heads < 2 or cfg.heads % 2:
+        raise BadInput(f"--vocab {cfg.vocab} --heads {cfg.heads}: at least 300 tokens and an even number of heads")
     tokenizer = train_tokenizer(texts, cfg.vocab)
     folder = Path(cfg.out)
     tokenizer.save_pretrained(folder)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    checkpoint.write_json(folder / "generation_config.json", ends)
     model_cfg = ModelConfig(
         vocab_size=len(tokenizer),
         hidden_size=cfg.hidden,
@@ -126,7 +130,7 @@ def main() -> int:
         if not cfg.out:
             raise BadInput("--out is needed")
         print(f"wrote {make(cfg, world_texts(cfg))}")
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         print(f"tiny: {error}", file=sys.stderr)
         return 2
     return 0

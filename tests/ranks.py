@@ -14,7 +14,8 @@ import torch
 from conftest import SMALL, small_model, trajectory
 
 import train
-from minitau import batch, checkpoint, config, parallel
+from minitau import batch, checkpoint, config, grpo, parallel
+from minitau import run as runs
 
 CFG = config.GRPO(
     lr=1e-2, temperature=0.8, entropy=0.01, kl=0.05, max_tokens=64, micro_batch_tokens=40, max_grad_norm=0.05
@@ -34,7 +35,8 @@ def samples_of(first: int = 0, n: int = 7) -> list[batch.Sample]:
         said[-1] = True
         logprobs = [-4.0 - float(torch.rand(1, generator=generator)) if s else 0.0 for s in said]
         episodes.append(batch.Sample(trajectory(ids, said, logprobs, sample=i), advantage=(-1.0) ** i * (1 + 0.1 * i)))
-    return train.set_weights(CFG, episodes)
+    weights = grpo.token_weights(torch.tensor([sum(e.trajectory.said) for e in episodes]), "token-mean", max_tokens=64)
+    return [dataclasses.replace(episode, weight=weight) for episode, weight in zip(episodes, weights.tolist())]
 
 
 def batches_of(samples: list[batch.Sample]) -> list[batch.MicroBatch]:
@@ -49,12 +51,12 @@ def batches_of(samples: list[batch.Sample]) -> list[batch.MicroBatch]:
 
 def new_run(
     seed: int = 0, activation_checkpointing: bool = False, dtype: torch.dtype = torch.float32, **shape
-) -> train.Run:
+) -> runs.Run:
     """An open run without a folder: the model, sharded if there are ranks, and its optimizer."""
     model = small_model(seed, **shape)
     model.activation_checkpointing = activation_checkpointing
     parallel.shard(model, model.model.layers, dtype)
-    return train.Run(Path(), None, model, train.adamw(model, CFG), None)
+    return runs.Run(Path(), None, model, runs.adamw(model, CFG), None)
 
 
 def new_reference(**shape) -> torch.nn.Module:
@@ -63,7 +65,7 @@ def new_reference(**shape) -> torch.nn.Module:
     return model.requires_grad_(False)
 
 
-def gradients_of(run: train.Run, reference, samples) -> dict[str, torch.Tensor]:
+def gradients_of(run: runs.Run, reference, samples) -> dict[str, torch.Tensor]:
     """The whole gradients of the GRPO loss of a batch, on every rank."""
     run.optimizer.zero_grad()
     for mb in batches_of(samples):
@@ -80,7 +82,7 @@ def weights_of(model) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in parallel.full_weights(model)}
 
 
-def train_steps(run: train.Run, reference, steps) -> list[dict[str, float]]:
+def train_steps(run: runs.Run, reference, steps) -> list[dict[str, float]]:
     """Real optimizer steps through train.update; what a step trains on depends on its number alone."""
     metrics = []
     for step in steps:
@@ -106,7 +108,7 @@ def take_all(name: str, n: int) -> list[int]:
     return taken
 
 
-def save(run: train.Run, folder: Path, step: int) -> Path:
+def save(run: runs.Run, folder: Path, step: int) -> Path:
     state = {"mark": step}
     return checkpoint.save(
         folder, step, run.model, run.optimizer, state, dtype=torch.float32, tokenizer_dir=folder, keep=2

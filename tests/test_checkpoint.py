@@ -11,8 +11,8 @@ import torch
 from conftest import SMALL, small_model
 from safetensors.torch import load_file, save_file
 
-import train
 from minitau import checkpoint, config, parallel
+from minitau import run as runs
 from minitau.checkpoint import CheckpointError
 from minitau.episode import BadInput
 from minitau.model import packed_attention
@@ -27,7 +27,7 @@ class Crash(BaseException):
 
 def new_run(seed=0, **changes):
     net = small_model(seed, **changes)
-    return net, train.adamw(net, config.SFT(lr=1e-2))
+    return net, runs.adamw(net, config.SFT(lr=1e-2))
 
 
 def train_steps(net, optimizer, steps):
@@ -144,7 +144,7 @@ def test_nothing_to_load(tmp_path):
 def test_the_model_inside_is_a_hugging_face_directory(tmp_path, tiny_dir):
     """In the run's dtype and with the tokenizer, while the state beside it stays fp32."""
     net = checkpoint.load_model(tiny_dir)
-    optimizer = train.adamw(net, config.SFT())
+    optimizer = runs.adamw(net, config.SFT())
     place = save(tmp_path, 10, net, optimizer, dtype=torch.bfloat16, tokenizer_dir=Path(tiny_dir))
     assert place == tmp_path / "checkpoints" / "step-000010"
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -154,7 +154,7 @@ def test_the_model_inside_is_a_hugging_face_directory(tmp_path, tiny_dir):
     assert_holds(rounded, {name: p.bfloat16().float() for name, p in copy_of(net).items()})
     assert {t.dtype for t in load_file(place / "model" / "model.safetensors").values()} == {torch.bfloat16}
     again = checkpoint.load_model(place / "model")
-    fresh = train.adamw(again, config.SFT())
+    fresh = runs.adamw(again, config.SFT())
     checkpoint.load(tmp_path, again, fresh)
     assert_holds(again, copy_of(net))
 

@@ -123,18 +123,18 @@ def test_exclude():
 
 def test_weight_by_hand():
     # After many visits of ten attempts that fade by .8 a visit: 10 / (1 - .8) = 50 attempts count.
-    # The rate is pulled to one half by one imaginary attempt: (50 r + .5) / 51; the weight is 4 p (1 - p).
+    # The rate is pulled to one half by half an imaginary attempt: (50 r + .25) / 50.5; the weight is 4 p (1 - p).
     for rate in (0.2, 0.5, 0.9):
-        p = (50 * rate + 0.5) / 51
+        p = (50 * rate + 0.25) / 50.5
         curriculum = visited([rate])
         assert curriculum.success_rate(TASKS[0]) == pytest.approx(p, abs=1e-4)
         assert curriculum.weight(TASKS[0]) == pytest.approx(4 * p * (1 - p), abs=1e-3)
-    for rate in (0.0, 1.0):  # 4 * .0098 * .99 = .04 is under the floor
+    for rate in (0.0, 1.0):  # 4 * .005 * .995 = .02 is under the floor
         assert visited([rate]).weight(TASKS[0]) == FLOOR
     fresh = Curriculum(TASKS, seed=0)
     assert fresh.success_rate(TASKS[0]) == 0.5 and fresh.weight(TASKS[0]) == 1.0
     fresh.update(TASKS[0], [True, False, True, True])
-    assert fresh.success_rate(TASKS[0]) == pytest.approx(3.5 / 5)
+    assert fresh.success_rate(TASKS[0]) == pytest.approx(3.25 / 4.5)
 
 
 def test_tasks_near_one_half_are_drawn_most_and_the_rest_stays_reachable():

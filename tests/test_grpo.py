@@ -306,7 +306,7 @@ def policies():
 def test_the_loss_is_that_of_the_papers_in_any_cut(policies, aggregation):
     net, old, reference = policies
     cfg = replace(CFG, aggregation=aggregation)
-    samples = train.set_weights(cfg, train.weigh(cfg, scored_groups(old)))
+    samples = train.weigh(cfg, scored_groups(old))
     assert len(samples) == 8  # nine episodes were played, one of them broke on our side
     net.zero_grad()
     expected = loss_by_hand(net, old, reference, samples, aggregation)
@@ -332,7 +332,7 @@ def test_the_loss_is_that_of_the_papers_in_any_cut(policies, aggregation):
 def test_gradients_of_the_cuts_agree_with_each_other_more_closely(policies):
     """Against each other, not against another formula: only the order of sums differs."""
     net, old, reference = policies
-    samples = train.set_weights(CFG, train.weigh(CFG, scored_groups(old)))
+    samples = train.weigh(CFG, scored_groups(old))
     longest = max(len(sample.trajectory.ids) for sample in samples)
     _, whole, _, _ = run_batch(net, old, reference, samples, CFG, 10_000, 1)
     for budget, world_size in ((longest, 1), (10_000, 2), (longest, 2)):
@@ -343,7 +343,7 @@ def test_gradients_of_the_cuts_agree_with_each_other_more_closely(policies):
 def test_without_old_the_batch_is_on_policy(policies):
     """One update a batch: old is the current policy itself, the ratio is one and nothing is clipped."""
     net, _, reference = policies
-    samples = train.set_weights(CFG, train.weigh(CFG, scored_groups(net)))
+    samples = train.weigh(CFG, scored_groups(net))
     loss, gradients, sums, _ = run_batch(net, None, reference, samples, CFG, 10_000, 1)
     tokens = sum(sum(sample.trajectory.said) for sample in samples)
     assert sums["clip_share"] == 0 and sums["ratio"] == pytest.approx(tokens)
@@ -355,7 +355,7 @@ def test_without_old_the_batch_is_on_policy(policies):
 def test_a_masked_trajectory_adds_no_policy_gradient(policies):
     net, old, reference = policies
     cfg = replace(CFG, entropy=0.0, kl=0.0)
-    samples = train.set_weights(cfg, train.weigh(cfg, scored_groups(old)))
+    samples = train.weigh(cfg, scored_groups(old))
     _, gradients, sums, _ = run_batch(net, old, reference, samples, cfg, 10_000, 1)
     masked = samples[2]  # the one whose sampler was far away; its weight stays in everyone's denominator
     assert sums["masked_share"] == sum(masked.trajectory.said)
@@ -369,7 +369,7 @@ def test_a_masked_trajectory_adds_no_policy_gradient(policies):
 def test_each_coefficient_reaches_the_gradient(policies):
     """Turning one off changes the loss by exactly its own part."""
     net, old, reference = policies
-    samples = train.set_weights(CFG, train.weigh(CFG, scored_groups(old)))
+    samples = train.weigh(CFG, scored_groups(old))
     loss, _, sums, _ = run_batch(net, old, reference, samples, CFG, 10_000, 1)
     tokens = sum(sum(sample.trajectory.said) for sample in samples)
     without_entropy, *_ = run_batch(net, old, reference, samples, replace(CFG, entropy=0.0), 10_000, 1)
@@ -381,7 +381,7 @@ def test_each_coefficient_reaches_the_gradient(policies):
 def test_turning_off_the_cap_leaves_the_sequence_mask_alone(policies):
     """--importance-cap 0 turns the *importance weight* off; --sequence-low and --sequence-high are other flags."""
     net, old, reference = policies
-    samples = train.set_weights(CFG, train.weigh(CFG, scored_groups(old)))
+    samples = train.weigh(CFG, scored_groups(old))
     _, _, sums, _ = run_batch(net, old, reference, samples, replace(CFG, importance_cap=0.0), 10_000, 1)
     assert sums["masked_share"] == sum(samples[2].trajectory.said)
 
@@ -400,24 +400,23 @@ def test_weigh_keeps_order_and_drops_what_broke():
         *(("2", 0), ("2", 1), ("2", 2)),
     ]
     assert [s.advantage for s in samples] == pytest.approx([0.5, -0.5, -0.5, 0.0, 0.5])
-    assert train.weigh(CFG, []) == []
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("n", [0, 1, 5, 8])
 def test_split_makes_even_pieces(n, parts):
-    samples = [batch.Sample(trajectory([0, 1], [False, True])) for _ in range(n)]
-    pieces = train.split(samples, parts)
-    assert [s for piece in pieces for s in piece] == samples
+    groups = [group_of([1.0, 0.0], first=i) for i in range(n)]
+    pieces = train.split(groups, parts)
+    assert [group for piece in pieces for group in piece] == groups
     assert len(pieces) <= parts and all(pieces)
     assert not pieces or max(map(len, pieces)) == math.ceil(n / parts)
 
 
 def test_weights_of_the_pieces_each_sum_to_one():
     """Each optimizer step is a batch of its own: its denominator is what it holds."""
-    samples = train.weigh(CFG, [group_of([1.0, 0.0, 0.0, 1.0], first=1), group_of([1.0, 0.0, 1.0, 1.0], first=9)])
-    for piece in train.split(samples, 2):
-        weighted = train.set_weights(CFG, piece)
+    groups = [group_of([1.0, 0.0, 0.0, 1.0], first=1), group_of([1.0, 0.0, 1.0, 1.0], first=9)]
+    for piece in train.split(groups, 2):
+        weighted = train.weigh(CFG, piece)
         assert sum(s.weight * sum(s.trajectory.said) for s in weighted) == pytest.approx(1.0)
 
 

@@ -1,0 +1,149 @@
+"""An open run: its folder, its model, its optimizer, and the few things that every stage does with them.
+
+The stages themselves and their losses are in train.py; this file knows no algorithm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minitau import batch, checkpoint, config, parallel, sft
+from minitau.chat import Chat, load_chat
+from minitau.episode import Trajectory
+from minitau.log import MetricsLog
+from minitau.model import Qwen3
+
+
+@dataclass
+class Run:
+    """What a stage works on, and where it stands."""
+
+    dir: Path
+    chat: Chat
+    model: Qwen3
+    optimizer: torch.optim.Optimizer
+    log: MetricsLog
+    step: int = 0  # the last one that a checkpoint holds
+    state: dict | None = None  # what that checkpoint says
+
+
+def open_run(stage: str, cfg: config.Training) -> Run:
+    """Load model and tokenizer, claim the folder, shard, and restore the newest checkpoint if resuming."""
+    chat = load_chat(cfg.model, cfg.dialect)
+    model = checkpoint.load_model(cfg.model, activation_checkpointing=cfg.activation_checkpointing)
+    folder = Path(cfg.out)
+    if parallel.is_main():
+        config.claim_run_dir(cfg.out, cfg.resume, {"stage": stage, **dataclasses.asdict(cfg)})
+    parallel.barrier()
+    model.to(parallel.device())
+    parallel.shard(model, model.model.layers, getattr(torch, cfg.dtype))
+    optimizer = adamw(model, cfg)
+    state = checkpoint.load(folder, model, optimizer) if cfg.resume else None
+    step = state["step"] if state else 0
+    logged = max(step, len(list((folder / "collected").glob("round-*.jsonl"))))  # RFT counts its rounds as steps
+    log = MetricsLog(folder, last_step=logged, enabled=parallel.is_main(), wandb=cfg.wandb, tensorboard=cfg.tensorboard)
+    if cfg.resume:
+        say(f"{cfg.out}: going on after step {logged}" if logged else f"{cfg.out}: nothing to resume, starting")
+    return Run(folder, chat, model, optimizer, log, step, state)
+
+
+def open_reference(cfg: config.Training) -> Qwen3:
+    """The starting model, frozen: what KL holds the policy to."""
+    model = checkpoint.load_model(cfg.model).to(parallel.device())
+    parallel.shard(model, model.model.layers, getattr(torch, cfg.dtype))
+    return model.requires_grad_(False)
+
+
+def adamw(model: Qwen3, cfg: config.Training) -> torch.optim.Optimizer:
+    """AdamW; only matrices decay."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
+
+
+def micro_batches(cfg: config.Training, samples: Sequence[batch.Sample]) -> list[batch.MicroBatch]:
+    """This rank's part of a global batch, packed, on its device."""
+    return batch.micro_batches(
+        samples,
+        budget=cfg.micro_batch_tokens,
+        rank=parallel.rank(),
+        world_size=parallel.world_size(),
+        device=parallel.device(),
+    )
+
+
+def update(
+    run: Run,
+    cfg: config.Training,
+    mbs: Sequence[batch.MicroBatch],
+    loss_of: Callable[[batch.MicroBatch], tuple[Tensor, dict[str, Tensor]]],
+    lr: float,
+) -> dict[str, float]:
+    """One optimizer step: the loss, per-token means over the global batch, and the gradient norm.
+
+    `loss_of` returns a micro-batch's part of the loss and sums over its tokens. A gradient that is
+    not finite would poison every weight and, soon, every checkpoint: that step is skipped, on all
+    ranks because the norm is global, and shows in the log as `skipped`.
+    """
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.zero_grad()
+    sums: dict[str, Tensor] = {}
+    for mb in mbs:
+        loss, shown = loss_of(mb)
+        parallel.backward(loss)
+        for name, value in {"loss": loss, "n": (mb.weights_N > 0).sum(), **shown}.items():
+            sums[name] = sums.get(name, 0) + value.detach().double()
+    grad_norm = parallel.clip_grad_norm(run.model, cfg.max_grad_norm)
+    if math.isfinite(grad_norm):
+        run.optimizer.step()
+    else:
+        say("a gradient was not finite: this step is skipped")
+    totals = parallel.sum_over_ranks({name: float(value) for name, value in sums.items()})
+    n = max(1.0, totals.pop("n"))
+    means = {name: value if name == "loss" else value / n for name, value in totals.items()}
+    return {**means, "grad_norm": grad_norm, "skipped": float(not math.isfinite(grad_norm)), "lr": lr}
+
+
+def save(run: Run, cfg: config.Training, step: int, state: dict) -> None:
+    """A checkpoint of this step. Raises CheckpointError if it cannot be written."""
+    dtype, source = getattr(torch, cfg.dtype), Path(cfg.model)
+    checkpoint.save(run.dir, step, run.model, run.optimizer, state, dtype=dtype, tokenizer_dir=source, keep=cfg.keep)
+
+
+def export(run: Run) -> None:
+    """RUN/model: what the newest checkpoint holds, under a name that stays."""
+    if parallel.is_main():
+        scratch, place = run.dir / ".model.tmp", run.dir / "model"
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.copytree(checkpoint.latest(run.dir) / "model", scratch)
+        shutil.rmtree(place, ignore_errors=True)
+        scratch.rename(place)
+    parallel.barrier()
+    say(f"the trained model is in {run.dir / 'model'}")
+
+
+def save_trajectories(run: Run, step: int, played: Sequence[Trajectory], samples: Sequence[batch.Sample]) -> None:
+    """RUN/trajectories/step-000001.jsonl: every episode of the step, with its advantage if it had one."""
+    if not parallel.is_main():
+        return
+    advantages = {id(sample.trajectory): sample.advantage for sample in samples}
+    rows = ({"step": step, "advantage": advantages.get(id(t)), "trajectory": t.to_json()} for t in played)
+    folder = run.dir / "trajectories"
+    folder.mkdir(exist_ok=True)
+    sft.write_rows(folder / f"step-{step:06d}.jsonl", rows)
+
+
+def say(text: str) -> None:
+    """One line on the console, once for all ranks."""
+    if parallel.is_main():
+        print(text, flush=True)
