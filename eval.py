@@ -18,15 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from minitau import checkpoint, config, parallel, rollout
 from minitau.chat import load_chat
 from minitau.engines import open_engine
 from minitau.envs import open_world
 from minitau.episode import BadInput, EnvError, Stop, Task, Trajectory, World
 from minitau.estimators import bootstrap_interval, mean_over_tasks, pass_at_k, pass_hat_k
-from minitau.log import open_to_append, whole_lines
+from minitau.log import complain, open_to_append, progress_bar, whole_lines
 from minitau.report import table
 
 TOO_MANY_ERRORS = 0.05  # share of broken episodes above which a score should not be trusted
@@ -77,7 +75,9 @@ def play_script(
     cfg: config.Evaluation, world: World, jobs: Sequence[tuple[Task, int]], keep: Callable[[Trajectory], None]
 ) -> None:
     """Play the world's own script for each job. It samples nothing, so there are no ids to keep."""
-    for task, sample in tqdm(jobs, desc=cfg.agent, unit="episode", leave=False):
+    progress = progress_bar(cfg.agent, len(jobs), "episode")
+    for task, sample in jobs:
+        progress.update()
         trajectory = Trajectory(task, sample)
         try:
             script = world.demonstrate(task, cfg.agent, seed=f"{cfg.seed}:eval:{task.key}:{sample}")
@@ -86,6 +86,7 @@ def play_script(
         except EnvError as error:
             trajectory.stop, trajectory.detail = Stop.ENV_ERROR, str(error)
         keep(trajectory)
+    progress.close()
 
 
 def finished(folder: Path) -> dict[tuple[str, int], Trajectory]:
@@ -143,13 +144,13 @@ def main(argv: list[str]) -> int:
             if rows[-1]["errors"] > TOO_MANY_ERRORS * played:
                 print(f"eval.py: {rows[-1]['errors']} of {played} EPISODES BROKE ON OUR SIDE: do not trust this score")
     except BadInput as error:
-        print(f"eval.py: {error}", file=sys.stderr)
+        complain(f"eval.py: {error}")
         return 2
     except OSError as error:
-        print(f"eval.py: {error}; the same command with --resume goes on", file=sys.stderr)
+        complain(f"eval.py: {error}; the same command with --resume goes on")
         return 1
     except KeyboardInterrupt:
-        print("eval.py: interrupted; the same command with --resume goes on", file=sys.stderr)
+        complain("eval.py: interrupted; the same command with --resume goes on")
         return 130
     finally:
         parallel.stop()

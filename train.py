@@ -19,14 +19,13 @@ from random import Random
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minitau import batch, checkpoint, config, grpo, parallel, reward, rollout, sft
 from minitau.curriculum import Curriculum
 from minitau.engines import open_engine
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory, World
-from minitau.log import Clock
+from minitau.log import Clock, complain, progress_bar
 from minitau.model import Qwen3, packed_attention
 from minitau.run import Run, export, micro_batches, open_reference, open_run, save, save_trajectories, say, update
 
@@ -74,6 +73,7 @@ def train_grpo(cfg: config.GRPO) -> None:
     engine = open_engine(cfg, run.model, run.chat.stop_ids)
     stage = rollout.open_stage(cfg, world, engine, run.chat)
     engine.sync(parallel.full_weights(run.model), version=run.step)
+    run.log.start("GRPO", cfg.steps, run.step)
     clock = Clock()
     for step in range(run.step + 1, cfg.steps + 1):
         with clock.phase("rollout"):
@@ -102,6 +102,7 @@ def train_grpo(cfg: config.GRPO) -> None:
         if step % cfg.save_every == 0 or step == cfg.steps:
             with clock.phase("checkpoint"):
                 save(run, cfg, step, {"curriculum": curriculum.state_dict()})
+    run.log.finish()
     engine.close()
     export(run)
 
@@ -225,8 +226,13 @@ def screened(tasks: list[Task], world: World, run: Run) -> list[Task]:
     """The tasks that do not pay an agent for doing nothing. Found once, kept in RUN/screened.json."""
     path = run.dir / "screened.json"
     if parallel.is_main() and not path.is_file():
-        progress = tqdm(tasks, desc="screening tasks", leave=False)
-        checkpoint.write_json(path, [t.key for t in progress if rollout.pays_for_nothing(world, t)])
+        progress = progress_bar("screening", len(tasks), "task")
+        free = []
+        for task in tasks:
+            free += [task.key] if rollout.pays_for_nothing(world, task) else []
+            progress.update()
+        progress.close()
+        checkpoint.write_json(path, free)
     free = set(parallel.from_main(json.loads(path.read_text()) if parallel.is_main() else None))
     say(f"left out {len(free)} of {len(tasks)} tasks that pay for refusing or transferring at once")
     kept = [task for task in tasks if task.key not in free]
@@ -239,6 +245,7 @@ def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Seq
     """All attempts at all tasks, a list a task. Each round goes to disk whole, and is played only once."""
     stage = None
     groups = []
+    run.log.start("collecting", len(rounds), len(list((run.dir / "collected").glob("round-*.jsonl"))))
     for number, tasks in enumerate(rounds, 1):
         path = run.dir / "collected" / f"round-{number:04d}.jsonl"
         if not path.is_file():
@@ -256,6 +263,7 @@ def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Seq
             parallel.barrier()
         with open(path, encoding="utf-8") as file:
             groups += rollout.groups_of([Trajectory.from_json(json.loads(line)) for line in file], cfg.samples)
+    run.log.finish()
     if stage:
         stage.engine.close()
     return groups
@@ -280,8 +288,10 @@ def fit(run: Run, cfg: config.SFT | config.RFT, trajectories: list[Trajectory], 
         raise BadInput("nothing to train on: no conversation was kept")
     per_epoch = math.ceil(len(trajectories) / cfg.batch_size)
     total = per_epoch * cfg.epochs
+    first = max(run.step, steps_before) + 1
+    run.log.start("SFT", total, first - steps_before - 1)
     clock = Clock()
-    for step in range(max(run.step, steps_before) + 1, steps_before + total + 1):
+    for step in range(first, steps_before + total + 1):
         done = step - steps_before - 1
         epoch, position = divmod(done, per_epoch)
         order = Random(f"{cfg.seed}:{epoch}:order").sample(trajectories, len(trajectories))
@@ -297,6 +307,7 @@ def fit(run: Run, cfg: config.SFT | config.RFT, trajectories: list[Trajectory], 
         if step % cfg.save_every == 0 or step == steps_before + total:
             with clock.phase("checkpoint"):
                 save(run, cfg, step, {})
+    run.log.finish()
     export(run)
 
 
@@ -314,13 +325,13 @@ def main(argv: list[str]) -> int:
         parallel.start()
         {"sft": train_sft, "rft": train_rft, "grpo": train_grpo}[stage](cfg)
     except BadInput as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        complain(f"train.py: {error}")
         return 2
     except OSError as error:
-        print(f"train.py: {error}; the same command with --resume goes on", file=sys.stderr)
+        complain(f"train.py: {error}; the same command with --resume goes on")
         return 1
     except KeyboardInterrupt:
-        print("train.py: interrupted; the same command with --resume goes on", file=sys.stderr)
+        complain("train.py: interrupted; the same command with --resume goes on")
         return 130
     finally:
         parallel.stop()

@@ -6,6 +6,7 @@ Also the clock that says where a step's seconds went. It knows numbers and names
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from minitau.episode import BadInput
 
 
 class Clock:
@@ -39,6 +42,19 @@ class Clock:
         }
 
 
+def progress_bar(
+    what: str, total: int | None, unit: str, *, done: int = 0, leave: bool = False, shown: bool = True
+) -> tqdm:
+    """A tqdm bar that does not fill a log file when nobody is watching."""
+    every = 0.2 if sys.stderr.isatty() else 20.0
+    return tqdm(desc=what, total=total, unit=unit, initial=done, leave=leave, disable=not shown, mininterval=every)
+
+
+def complain(text: str) -> None:
+    """One line on stderr, clear of any progress bar that still stands there."""
+    tqdm.write(text, file=sys.stderr)
+
+
 class MetricsLog:
     """Appends to RUN/metrics.jsonl; on a resumed run first drops the lines after `last_step`.
 
@@ -56,14 +72,26 @@ class MetricsLog:
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text("".join(line + "\n" for line in kept))
         scratch.replace(self.path)
-        if wandb:
-            import wandb as module
+        try:
+            if wandb:
+                import wandb as module
 
-            self.wandb = module.init(project="minitau", name=run_dir.name, dir=str(run_dir))
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+                self.wandb = module.init(project="minitau", name=run_dir.name, dir=str(run_dir))
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+                self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+        except ImportError as error:
+            raise BadInput(
+                f"--{'tensorboard' if self.wandb or not wandb else 'wandb'}: {error}; pip install it"
+            ) from None
+
+    def start(self, what: str, total: int, done: int) -> None:
+        """Show a bar of `total` steps, `done` of them behind us."""
+        self.bar = progress_bar(what, total, "step", done=done, leave=True, shown=self.enabled)
+
+    def finish(self) -> None:
+        self.bar.close()
 
     def write(self, metrics: dict[str, Any], headline: tuple[str, ...]) -> None:
         """Record one step; `headline` names the values that the console shows."""
@@ -71,8 +99,8 @@ class MetricsLog:
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
-        shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in headline)
-        tqdm.write(f"step {metrics['step']}  {shown}  {metrics['seconds']['total']:.1f} s")
+        self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in headline}, refresh=False)
+        self.bar.update()
         flat = dict(flatten(metrics))
         if self.wandb:
             self.wandb.log(flat, step=metrics["step"])

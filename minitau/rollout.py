@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from tqdm import tqdm
-
 from minitau import parallel
 from minitau.chat import Chat
 from minitau.config import Episodes
@@ -36,6 +34,7 @@ from minitau.episode import (
     UserError,
     World,
 )
+from minitau.log import progress_bar
 from minitau.reward import partial
 
 STOP_OF_ERROR = {UserError: Stop.USER_ERROR, EngineError: Stop.ENGINE_ERROR, EnvError: Stop.ENV_ERROR}
@@ -176,7 +175,7 @@ def collect(
     lock = threading.Lock()
     workers = min(stage.concurrency, math.ceil(len(jobs) / parallel.world_size()))
     total = len(jobs) if parallel.world_size() == 1 else None
-    progress = tqdm(total=total, desc=label, unit="episode", leave=False, disable=not parallel.is_main())
+    progress = progress_bar(label, total, "episode", shown=parallel.is_main())
 
     def work() -> None:
         try:
