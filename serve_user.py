@@ -10,6 +10,7 @@ streaming), /v1/models and /health.
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 import time
@@ -37,12 +38,14 @@ def complete(body: Any, cfg: config.Server, chat: Chat, engine: Engine) -> dict[
     policy = messages.pop(0).content if messages[0].role == "system" else ""
     opening = Opening(policy, tuple(body.get("tools") or ()), tuple(messages))
     prompt_ids = chat.open(opening)
-    limit = body.get("max_completion_tokens") or body.get("max_tokens") or cfg.max_new_tokens
+    limit = int(body.get("max_completion_tokens") or body.get("max_tokens") or cfg.max_new_tokens)
     temperature = cfg.temperature if body.get("temperature") is None else float(body["temperature"])
     seed = random.getrandbits(63) if body.get("seed") is None else int(body["seed"])
+    if limit < 1 or not 0 <= temperature < math.inf:
+        raise ValueError(f"max_tokens {limit} and temperature {temperature}: at least 1, and 0 or more")
     # Each request is a session of its own: the engine finds the conversation's earlier turns by their ids.
     session = uuid.uuid4().hex
-    completion = engine.generate(prompt_ids, Sampling(temperature, int(limit)), session=session, seed=seed)
+    completion = engine.generate(prompt_ids, Sampling(temperature, limit), session=session, seed=seed)
     action = chat.parse(completion.ids, opening.tools)
     cut = completion.finish == "length"
     return {
@@ -86,12 +89,16 @@ def make_server(cfg: config.Server, chat: Chat, engine: Engine) -> ThreadingHTTP
                 self.fail(404, f"no such path: {self.path}")
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            length = self.headers.get("Content-Length", "")
+            if not length.isdecimal():
+                self.close_connection = True  # nobody knows where this request ends
+                return self.fail(400, "Content-Length must be the body's length in bytes")
+            body = self.rfile.read(int(length))
             if self.path != "/v1/chat/completions":
                 return self.fail(404, f"no such path: {self.path}")
             try:
                 self.reply(200, complete(json.loads(body), cfg, chat, engine))
-            except (ValueError, TypeError, RecursionError) as error:
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
                 self.fail(400, str(error))
             except EngineError as error:
                 self.fail(503, str(error))

@@ -25,7 +25,7 @@ from minitau.curriculum import Curriculum
 from minitau.engines import open_engine
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory, World
-from minitau.log import Clock, complain, progress_bar
+from minitau.log import Clock, complain, progress_bar, write_jsonl
 from minitau.model import Qwen3, packed_attention
 from minitau.run import Run, export, micro_batches, open_reference, open_run, save, save_trajectories, say, update
 
@@ -155,13 +155,13 @@ def split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
 def weigh(cfg: config.GRPO, groups: Sequence[Group]) -> list[batch.Sample]:
     """The trajectories of one optimizer step, each with its advantage and its tokens' weight in the loss.
 
-    Episodes that broke on our side stay out.
+    Episodes that broke on our side, or in which the agent had no room to say anything, stay out.
     """
     shaped_PG = torch.tensor([shaped for _, shaped in groups], dtype=torch.float64)
     counted_PG = torch.tensor([[not t.stop.ours for t in group] for group, _ in groups])
     advantages_PG = grpo.advantages(shaped_PG, counted_PG, divide_by_std=cfg.divide_by_std)
     trajectories = [t for group, _ in groups for t in group]
-    pairs = [(t, a) for t, a in zip(trajectories, advantages_PG.flatten().tolist()) if not t.stop.ours]
+    pairs = [(t, a) for t, a in zip(trajectories, advantages_PG.flatten().tolist()) if any(t.said) and not t.stop.ours]
     said_S = torch.tensor([sum(t.said) for t, _ in pairs])
     weights_S = grpo.token_weights(said_S, cfg.aggregation, max_tokens=cfg.max_tokens)
     return [batch.Sample(t, advantage, weight) for (t, advantage), weight in zip(pairs, weights_S.tolist())]
@@ -259,7 +259,7 @@ def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Seq
             run.log.write({"step": number, **rollout.summary(played), **clock.report()}, ("reward", "partial"))
             if parallel.is_main():
                 path.parent.mkdir(exist_ok=True)
-                sft.write_rows(path, (t.to_json() for t in played))
+                write_jsonl(path, (t.to_json() for t in played))
             parallel.barrier()
         with open(path, encoding="utf-8") as file:
             groups += rollout.groups_of([Trajectory.from_json(json.loads(line)) for line in file], cfg.samples)
@@ -296,7 +296,7 @@ def fit(run: Run, cfg: config.SFT | config.RFT, trajectories: list[Trajectory], 
         epoch, position = divmod(done, per_epoch)
         order = Random(f"{cfg.seed}:{epoch}:order").sample(trajectories, len(trajectories))
         chosen = order[position * cfg.batch_size : (position + 1) * cfg.batch_size]
-        said = sum(sum(t.said) for t in chosen)
+        said = max(1, sum(sum(t.said) for t in chosen))
         with clock.phase("update"):
             mbs = micro_batches(cfg, [batch.Sample(t, weight=1.0 / said) for t in chosen])
             losses = update(run, cfg, mbs, lambda mb: sft_loss(run.model, mb, cfg.dtype), cosine(done, total, cfg))

@@ -73,12 +73,16 @@ def plan(lengths: Sequence[int], budget: int, world_size: int) -> list[list[list
 
 
 def pack(samples: Sequence[Sample], device: torch.device | str) -> MicroBatch:
-    """One micro-batch of whole trajectories. Without any, one that costs a forward of two tokens and weighs 0."""
+    """One micro-batch of whole trajectories, less those in which the agent said nothing.
+
+    Without any it costs a forward of two tokens and weighs 0.
+    """
     ids: list[int] = []
     positions: list[int] = []
     cu_seqlens = [0]
     rows: list[tuple[int, int, int, float, float, float]] = []
-    for number, sample in enumerate(samples):
+    speaking = [sample for sample in samples if any(sample.trajectory.said)]
+    for number, sample in enumerate(speaking):
         trajectory = sample.trajectory
         base = len(ids)
         for t in range(1, len(trajectory.ids)):

@@ -13,17 +13,20 @@ Parsing reads JSON and nothing else: no text of the model is ever evaluated.
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from minitau.episode import Action, BadInput, Call, Message, Opening
 
 DIALECTS = ("native", "single-call")
-TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
+OPEN, CLOSE, THOUGHT_END = "<tool_call>", "</tool_call>", "</think>"
+# What templates write around calls, results and thoughts: nobody else may.
+MARKS = (OPEN, CLOSE, "<tool_response>", "</tool_response>", "<think>", THOUGHT_END)
+MAX_DEPTH = 64  # of nested JSON in a call
 SENTINEL = "sentinel-of-minitau"  # stands for the agent's reply when a delta is rendered
 
 RESPOND = {
@@ -79,7 +82,9 @@ class Chat:
         end_of_text = tokenizer.convert_tokens_to_ids("<|endoftext|>")
         self.stop_ids = frozenset({self.eos_id} | ({end_of_text} if isinstance(end_of_text, int) else set()))
         self.lock = threading.Lock()  # fast tokenizers are not safe to share between threads
-        self.delta_text([Message("user", "x")])  # fails here, not in the middle of an episode
+        for role in ("user", "tool"):  # a template that cannot do this fails here, not in an episode
+            if SENTINEL not in self.delta_text([Message(role, SENTINEL)]):
+                raise ChatError(f"the chat template drops {role} messages")
 
     # -- rendering: what the agent hears ----------------------------------------------------------
 
@@ -111,13 +116,16 @@ class Chat:
         return after.removeprefix(eos)
 
     def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, reply_next: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tools=tools or None,
-            tokenize=False,
-            add_generation_prompt=reply_next,
-            enable_thinking=False,  # Qwen3's hybrid template; others ignore it
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools or None,
+                tokenize=False,
+                add_generation_prompt=reply_next,
+                enable_thinking=False,  # Qwen3's hybrid template; others ignore it
+            )
+        except TemplateError as error:
+            raise ChatError(f"the chat template fails: {' '.join(str(error).split())}") from None
 
     def encode(self, text: str) -> list[int]:
         with self.lock:
@@ -128,9 +136,11 @@ class Chat:
             return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def as_dict(self, message: Message) -> dict[str, Any]:
-        """A message as templates take it. Nobody but the template may write control tokens."""
-        text = self.write_text(message) if message.role == "assistant" else message.content
-        for token in self.tokenizer.all_special_tokens:
+        """A message as templates take it. Control tokens are the template's alone to write, and marks
+        its and the agent's: in anybody else's text they are broken up by a space."""
+        own = message.role == "assistant"
+        text = self.write_text(message) if own else message.content
+        for token in (*self.tokenizer.all_special_tokens, *(() if own else MARKS)):
             text = text.replace(token, token[0] + " " + token[1:])
         return {"role": message.role, "content": text}
 
@@ -142,7 +152,7 @@ class Chat:
 
     def write_text(self, message: Message) -> str:
         calls = message.calls
-        if self.dialect == "single-call" and not calls and not TOOL_CALL.search(message.content):
+        if self.dialect == "single-call" and not calls and OPEN not in message.content:
             return call_text(Call("respond", {"content": message.content}))
         parts = [message.content] if message.content else []
         return "\n".join(parts + [call_text(call) for call in calls])
@@ -163,11 +173,7 @@ class Chat:
 
     def parse_text(self, text: str, names: set[str]) -> Action:
         """The action that `text` is. Raises MalformedReply with what to tell the agent."""
-        text = THOUGHT.sub("", text, count=1)
-        spoken = TOOL_CALL.sub("", text).strip()
-        if "<tool_call>" in spoken or "</tool_call>" in spoken:
-            raise MalformedReply("a <tool_call> was opened but not closed, or closed but not opened")
-        calls = tuple(parse_call(body) for body in TOOL_CALL.findall(text))
+        spoken, calls = read_reply(without_thought(text))
         if self.dialect == "single-call":
             return single_call(calls, names)
         for call in calls:
@@ -202,24 +208,71 @@ def check_name(call: Call, names: set[str]) -> None:
         raise MalformedReply(f"there is no tool {call.name!r}; the tools are: {', '.join(sorted(names))}")
 
 
-def parse_call(body: str) -> Call:
-    """The one JSON object {"name": str, "arguments": object} in `body`. Raises MalformedReply."""
+def without_thought(text: str) -> str:
+    """The reply behind its thought, if it begins with one; a </think> inside a call is only text."""
+    end = text.find(THOUGHT_END)
+    call = text.find(OPEN)
+    if end < 0 or (0 <= call < end and not text.lstrip().startswith("<think>")):
+        return text
+    return text[end + len(THOUGHT_END) :]
+
+
+def read_reply(text: str) -> tuple[str, tuple[Call, ...]]:
+    """What is spoken, and the calls. Raises MalformedReply.
+
+    The JSON itself decides where a call ends, so that a mark inside an argument is only text.
+    """
+    spoken, calls, at = [], [], 0
+    while (start := text.find(OPEN, at)) >= 0:
+        spoken.append(text[at:start])
+        if CLOSE not in text[start:]:
+            raise MalformedReply(f"a {OPEN} was opened but not closed")
+        call, end = read_call(text, start + len(OPEN))
+        if not text[end:].lstrip().startswith(CLOSE):
+            raise MalformedReply(f"a {OPEN} is not closed by {CLOSE} right behind its JSON")
+        calls.append(call)
+        at = text.index(CLOSE, end) + len(CLOSE)
+    spoken.append(text[at:])
+    words = "".join(spoken).strip()
+    if CLOSE in words:
+        raise MalformedReply(f"a {CLOSE} was written, but its call not opened by {OPEN}")
+    return words, tuple(calls)
+
+
+def read_call(text: str, at: int) -> tuple[Call, int]:
+    """The JSON object {"name": str, "arguments": object} at text[at:], and where it ends."""
+    start = at + len(text[at:]) - len(text[at:].lstrip())
     try:
-        row = json.loads(body, parse_constant=refuse_constant)
+        row, end = DECODER.raw_decode(text, start)
         # Lone surrogates pass the JSON reader and break every file and tokenizer after it.
-        json.dumps(row, ensure_ascii=False).encode()
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise MalformedReply(f"a tool call is not valid JSON: {str(error)[:100]}") from None
+    if depth(row) > MAX_DEPTH:
+        raise MalformedReply(f"a tool call is nested more than {MAX_DEPTH} deep")
     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
         raise MalformedReply('a tool call must be {"name": ..., "arguments": {...}}')
     arguments = row.get("arguments", {})
     if not isinstance(arguments, dict):
         raise MalformedReply("the arguments of a tool call must be a JSON object")
-    return Call(row["name"], arguments)
+    return Call(row["name"], arguments), end
+
+
+def depth(value: Any) -> int:
+    """How deep JSON is nested; not recursive, because the model chooses the depth."""
+    deepest, level = 0, [value]
+    while level:
+        deepest += 1
+        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list))]
+        level = [item for values in inner for item in values]
+    return deepest
 
 
 def refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 
 
 def load_chat(model_dir: str | Path, dialect: str) -> Chat:

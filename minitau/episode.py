@@ -17,22 +17,6 @@ class BadInput(ValueError):
     """What the user gave cannot be used. The message is one line and says what to do."""
 
 
-class EpisodeError(Exception):
-    """Something of ours, not of the agent's, broke an episode: it is counted, never trained on."""
-
-
-class UserError(EpisodeError):
-    """The customer (or the endpoint that plays it) did not answer."""
-
-
-class EngineError(EpisodeError):
-    """The engine did not answer, after the retries it makes by itself."""
-
-
-class EnvError(EpisodeError):
-    """The environment or its grader raised on a well-formed action."""
-
-
 class Stop(StrEnum):
     """Why an episode ended. Each episode has exactly one."""
 
@@ -50,6 +34,30 @@ class Stop(StrEnum):
     def ours(self) -> bool:
         """True if the episode says nothing about the agent and is kept out of loss and score."""
         return self in (Stop.USER_ERROR, Stop.ENGINE_ERROR, Stop.ENV_ERROR)
+
+
+class EpisodeError(Exception):
+    """Something of ours, not of the agent's, broke an episode: it is counted, never trained on."""
+
+    stop = Stop.ENV_ERROR
+
+
+class UserError(EpisodeError):
+    """The customer (or the endpoint that plays it) did not answer."""
+
+    stop = Stop.USER_ERROR
+
+
+class EngineError(EpisodeError):
+    """The engine did not answer, after the retries it makes by itself."""
+
+    stop = Stop.ENGINE_ERROR
+
+
+class EnvError(EpisodeError):
+    """The environment or its grader raised on a well-formed action."""
+
+    stop = Stop.ENV_ERROR
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -123,6 +123,15 @@ def open_to_append(path: Path) -> TextIO:
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (the caller closes it)
     file.truncate(len(kept.encode("utf-8")))
     return file
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSONL whole or not at all."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    with open(scratch, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    scratch.replace(path)
 
 
 def flatten(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -22,22 +22,17 @@ from minitau.chat import Chat
 from minitau.config import Episodes
 from minitau.episode import (
     Engine,
-    EngineError,
     Env,
-    EnvError,
     EpisodeError,
     Message,
     Sampling,
     Stop,
     Task,
     Trajectory,
-    UserError,
     World,
 )
 from minitau.log import progress_bar
 from minitau.reward import partial
-
-STOP_OF_ERROR = {UserError: Stop.USER_ERROR, EngineError: Stop.ENGINE_ERROR, EnvError: Stop.ENV_ERROR}
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ def play(
         with timed(trajectory, "evaluate"):
             trajectory.evaluation = env.evaluate(trajectory.stop)
     except EpisodeError as error:
-        trajectory.stop = STOP_OF_ERROR[type(error)]
+        trajectory.stop = error.stop
         trajectory.detail = str(error)
     return trajectory
 
@@ -74,12 +69,13 @@ def converse(
     with timed(trajectory, "env"):
         opening = env.reset(trajectory.task, seed)
     trajectory.messages += opening.messages
-    trajectory.hear(chat.open(opening))
+    prompt = chat.open(opening)
     bad_calls = 0
     for turn in range(limits.max_turns):
-        room = limits.max_tokens - len(trajectory.ids)
+        room = limits.max_tokens - len(prompt)
         if room <= 0:
-            return Stop.MAX_TOKENS
+            return Stop.MAX_TOKENS  # and what was heard last stays out: no trajectory is longer than its limit
+        hear(trajectory, prompt)
         with timed(trajectory, "policy"):
             completion = engine.generate(
                 trajectory.ids,
@@ -104,14 +100,13 @@ def converse(
                 trajectory.messages += heard
                 return observation.stop
         trajectory.messages += heard
-        hear(trajectory, chat, heard)
+        prompt = chat.extend(trajectory.ids, heard)
     return Stop.MAX_TURNS
 
 
-def hear(trajectory: Trajectory, chat: Chat, messages: Sequence[Message]) -> None:
-    """Append what the agent hears. A prompt that does not start with every id so far is a bug:
-    the model would be trained on a context that it was not sampled in."""
-    prompt = chat.extend(trajectory.ids, messages)
+def hear(trajectory: Trajectory, prompt: Sequence[int]) -> None:
+    """Append what is new in `prompt`. One that does not start with every id so far is a bug: the
+    model would be trained on a context that it was not sampled in."""
     so_far = len(trajectory.ids)
     assert prompt[:so_far] == trajectory.ids, "a prompt must start with all ids of the episode so far"
     trajectory.hear(prompt[so_far:])

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitau import batch, checkpoint, config, parallel, sft
+from minitau import batch, checkpoint, config, parallel
 from minitau.chat import Chat, load_chat
 from minitau.episode import Trajectory
-from minitau.log import MetricsLog
+from minitau.log import MetricsLog, write_jsonl
 from minitau.model import Qwen3
 
 
@@ -140,7 +140,7 @@ def save_trajectories(run: Run, step: int, played: Sequence[Trajectory], samples
     rows = ({"step": step, "advantage": advantages.get(id(t)), "trajectory": t.to_json()} for t in played)
     folder = run.dir / "trajectories"
     folder.mkdir(exist_ok=True)
-    sft.write_rows(folder / f"step-{step:06d}.jsonl", rows)
+    write_jsonl(folder / f"step-{step:06d}.jsonl", rows)
 
 
 def say(text: str) -> None:

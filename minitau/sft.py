@@ -30,6 +30,7 @@ from minitau.episode import (
     Task,
     Trajectory,
 )
+from minitau.log import write_jsonl
 from minitau.reward import partial
 
 
@@ -57,8 +58,9 @@ def read_conversations(path: str | Path) -> list[Conversation]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
+                json.dumps(row, ensure_ascii=False).encode()  # half a character (a lone surrogate) fails here
                 conversations.append(conversation(row, number))
-            except (ValueError, RecursionError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: {error}") from None
     if not conversations:
         raise DataError(f"{path}: no conversations in it")
@@ -96,7 +98,10 @@ def read_message(row: Any) -> Message:
     content = row.get("content") or ""
     if not isinstance(content, str):
         raise ValueError(f"the content of a message is not text: {json.dumps(content)[:80]}")
-    return Message(row["role"], content, tuple(read_call(each) for each in row.get("tool_calls") or []))
+    calls = row.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise ValueError(f"`tool_calls` is not a list: {json.dumps(calls)[:80]}")
+    return Message(row["role"], content, tuple(read_call(each) for each in calls))
 
 
 def read_call(row: Any) -> Call:
@@ -169,15 +174,6 @@ def reject(groups: Iterable[Sequence[Trajectory]], min_partial: float) -> list[T
     return kept
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write JSONL whole or not at all."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    with open(scratch, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    scratch.replace(path)
-
-
 def main() -> int:
     try:
         cfg = config.parse(config.Demonstrations, "python -m minitau.sft", "Write demonstrations to train on.")
@@ -187,7 +183,7 @@ def main() -> int:
         tasks = rollout.training_tasks(world, cfg.domains, cfg.tasks)
         played = [world.demonstrate(task, cfg.agent, seed=f"{cfg.seed}:{task.key}") for task in tasks]
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-        write_rows(Path(cfg.out), map(to_row, played))
+        write_jsonl(Path(cfg.out), map(to_row, played))
         paid = sum(d.evaluation.reward >= 1.0 for d in played)
         print(f"{cfg.out}: {len(played)} demonstrations, {paid} of them earn the reward")
     except (BadInput, OSError) as error:

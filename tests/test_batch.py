@@ -117,11 +117,11 @@ def test_a_rank_short_of_work_gets_a_batch_that_weighs_nothing(samples):
     assert mb.weights_N.tolist() == [0.0] and mb.advantages_N.tolist() == [0.0]
 
 
-def test_silent_trajectories_beside_others_are_context_of_nobody():
-    silent = trajectory([3, 4, 5], [False] * 3)
-    mb = pack([Sample(silent, weight=0.3), Sample(SECOND, weight=0.5)], "cpu")
-    assert mb.cu_seqlens == [0, 3, 6]
-    assert mb.predict_N.tolist() == [3] and mb.sequence_N.tolist() == [1] and mb.weights_N.tolist() == [0.5]
+def test_silent_trajectories_cost_nothing_beside_others():
+    empty, silent = trajectory([], []), trajectory([3, 4, 5], [False] * 3)
+    mb = pack([Sample(empty), Sample(silent, weight=0.3), Sample(SECOND, weight=0.5)], "cpu")
+    assert mb.cu_seqlens == [0, 3]
+    assert mb.predict_N.tolist() == [0] and mb.sequence_N.tolist() == [0] and mb.weights_N.tolist() == [0.5]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

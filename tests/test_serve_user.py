@@ -223,8 +223,10 @@ def test_an_engine_that_fails_is_503(chat):
 
 def test_a_broken_header_is_answered(base):
     with socket.create_connection(("127.0.0.1", int(base.rsplit(":", 1)[1])), timeout=5) as connection:
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n")
-        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: many\r\n\r\n"
+        connection.sendall(head)
+        reply = b"".join(iter(lambda: connection.recv(1000), b""))
+        assert reply.startswith(b"HTTP/1.1 400")
 
 
 def test_main_says_what_is_missing_in_one_line(tiny_dir, tmp_path, capsys, base):

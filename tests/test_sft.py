@@ -12,6 +12,7 @@ from minitau.envs.courier import Courier
 from minitau.envs.courier.tools import schemas
 from minitau.envs.courier.world import CourierEnv
 from minitau.episode import BadInput, Call, Check, Completion, Message, Sampling, Stop, Trajectory
+from minitau.log import write_jsonl
 from minitau.rollout import Limits, play
 from minitau.sft import DataError, read_conversations, to_trajectory
 
@@ -198,7 +199,7 @@ def test_a_demonstration_trains_on_the_ids_that_a_rollout_saying_the_same_has(ch
     chat, path = chats[dialect], tmp_path / "data.jsonl"
     tasks = [task for domain in ("desk", "claims", "locker") for task in WORLD.tasks(domain, "train")[:8]]
     played = [WORLD.demonstrate(task, agent, seed="7") for task in tasks]
-    sft.write_rows(path, map(sft.to_row, played))
+    write_jsonl(path, map(sft.to_row, played))
     assert list(tmp_path.iterdir()) == [path]  # no scratch file is left
     conversations = read_conversations(path)
     assert len(conversations) == len(tasks)
@@ -235,7 +236,7 @@ def test_the_script_writes_what_training_reads(tmp_path, monkeypatch, capsys):
 
 def test_rows_are_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "rows.jsonl"
-    sft.write_rows(path, [{"a": "é\u2028"}])
+    write_jsonl(path, [{"a": "é\u2028"}])
     before = path.read_bytes()
 
     def rows():
@@ -243,7 +244,7 @@ def test_rows_are_written_whole_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sft.write_rows(Path(path), rows())
+        write_jsonl(Path(path), rows())
     assert path.read_bytes() == before and json.loads(before) == {"a": "é\u2028"}
 
 

@@ -143,8 +143,7 @@ class LocalEngine:
                 self.changed.wait_for(lambda: self.closed or self.pending or self.running)
                 self.changed.wait_for(self.everyone_asks, None if self.patience == math.inf else self.patience)
                 if self.closed:
-                    self.fail("the engine was closed")
-                    return
+                    return self.fail("the engine was closed")
             try:
                 with torch.inference_mode():
                     self.step()
@@ -156,10 +155,12 @@ class LocalEngine:
         return self.closed or len(self.pending) + len(self.running) >= self.joined
 
     def fail(self, why: str) -> None:
+        """Tell everyone who waits; give the cache back, whose state nobody knows now."""
         for request in self.pending + self.running:
             request.error = why
             request.answered.set()
         self.pending, self.running = [], []
+        self.keys, self.values = [], []
         self.slots = [Slot(slot.index) for slot in self.slots]
 
     def step(self) -> None:
@@ -172,9 +173,8 @@ class LocalEngine:
                 tokens += new_tokens(admitted[0])
                 batch.append(admitted.pop(0))
             self.advance(batch, [r.prompt_ids[len(r.slot.ids) :] for r in batch])
-        decoding = list(self.running)
-        if decoding:
-            self.advance(decoding, [r.ids[-1:] for r in decoding])
+        if self.running:
+            self.advance(self.running, [r.ids[-1:] for r in self.running])
 
     def admit(self) -> list[Request]:
         """Give slots to waiting requests, in the order of their sessions' names.
@@ -194,7 +194,7 @@ class LocalEngine:
                     continue
                 slot = min(free, key=lambda s: s.used)
                 self.start_slot(slot, request)
-                if len(slot.ids) < SHARED_PREFIX:
+                if len(slot.ids) < SHARED_PREFIX < len(request.prompt_ids):
                     heads.add(head)
             else:
                 # The last token is computed again even if cached: its logits are what we sample from.
@@ -204,6 +204,7 @@ class LocalEngine:
             request.slot = slot
             admitted.append(request)
         self.pending = [r for r in self.pending if r.slot is None]
+        self.running += admitted
         return admitted
 
     def start_slot(self, slot: Slot, request: Request) -> None:
@@ -287,7 +288,7 @@ class LocalEngine:
         have = self.keys[0].shape[2] if self.keys else 0
         if length <= have:
             return
-        want = max(math.ceil(length / CACHE_STEP) * CACHE_STEP, min(2 * have, self.max_context))
+        want = CACHE_STEP * math.ceil(max(length, min(2 * have, self.max_context)) / CACHE_STEP)
         shape = (len(self.slots), cfg.num_key_value_heads, want, cfg.head_dim)
         for caches in (self.keys, self.values):
             for layer in range(cfg.num_hidden_layers):
@@ -326,9 +327,7 @@ class LocalEngine:
                 request.slot.busy = False
                 finished.append(request)
         with self.changed:
-            done = set(map(id, finished))
-            fresh = [r for r in requests if r not in self.running]
-            self.running = [r for r in self.running + fresh if id(r) not in done]
+            self.running = [r for r in self.running if r not in finished]
         for request in finished:
             request.answered.set()
 
