@@ -137,10 +137,10 @@ class Chat:
 
     def as_dict(self, message: Message) -> dict[str, Any]:
         """A message as templates take it. Control tokens are the template's alone to write, and marks
-        its and the agent's: in anybody else's text they are broken up by a space."""
-        own = message.role == "assistant"
-        text = self.write_text(message) if own else message.content
-        for token in (*self.tokenizer.all_special_tokens, *(() if own else MARKS)):
+        are not for customers and tools to write: there a space breaks them up."""
+        text = self.write_text(message) if message.role == "assistant" else message.content
+        marks = MARKS if message.role in ("user", "tool") else ()
+        for token in (*self.tokenizer.all_special_tokens, *marks):
             text = text.replace(token, token[0] + " " + token[1:])
         return {"role": message.role, "content": text}
 

@@ -38,7 +38,9 @@ class Episodes:
     max_bad_calls: int = setting(3, "malformed replies in a row that end an episode")
     concurrency: int = setting(128, "episodes at once on one rank")
     patience: float = setting(
-        float("inf"), "seconds the local engine waits for slow customers before a step; inf repeats bit for bit"
+        -1.0,
+        "seconds the local engine waits for customers before a step; below 0 there is no limit in courier, whose "
+        "customers answer at once, so that a run repeats bit for bit, and no wait in tau2",
     )
     user_model: str = setting("gpt-4.1-mini", "tau2: the customer's model, as litellm names it")
     user_api_base: str = setting("", "tau2: the customer's endpoint, if not the provider's own")
@@ -174,7 +176,6 @@ TAU2_EPISODES = {
     "max_tokens": 32_768,
     "max_turns": 100,
     "concurrency": 32,
-    "patience": 0.01,
 }
 TAU2_TRAINING = {"dtype": "bfloat16", "activation_checkpointing": True, "micro_batch_tokens": 32_768}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -251,7 +252,7 @@ POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
 
 NOT_NEGATIVE = (  # noqa: SIM905  (likewise)
     "lr weight_decay max_grad_norm warmup alpha clip_low clip_high entropy kl importance_cap sequence_low "
-    "sequence_high tasks patience temperature user_temperature"
+    "sequence_high tasks temperature user_temperature"
 ).split()
 
 

@@ -11,6 +11,7 @@ Run as a script it writes demonstrations of a world's scripted agents on trainin
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ from minitau.episode import (
 )
 from minitau.log import write_jsonl
 from minitau.reward import partial
+
+RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+RESULTS = re.compile(rf"\s*(?:{RESULT.pattern}\s*)+", re.DOTALL)
 
 
 class DataError(BadInput):
@@ -78,7 +82,7 @@ def conversation(row: Any, line: int) -> Conversation:
     rows = row.get("messages", row.get("prompt"))
     if not isinstance(rows, list) or not rows:
         raise ValueError("no list of messages under `messages` or `prompt`")
-    messages = [read_message(each) for each in rows]
+    messages = [message for each in rows for message in split_results(read_message(each))]
     policy = messages.pop(0).content if messages[0].role == "system" else ""
     first_user = next((i for i, m in enumerate(messages) if m.role == "user"), None)
     if first_user is None:
@@ -102,6 +106,13 @@ def read_message(row: Any) -> Message:
     if not isinstance(calls, list):
         raise ValueError(f"`tool_calls` is not a list: {json.dumps(calls)[:80]}")
     return Message(row["role"], content, tuple(read_call(each) for each in calls))
+
+
+def split_results(message: Message) -> list[Message]:
+    """Tool results that a data set wrote as a user's <tool_response> blocks, as the tools' messages they are."""
+    if message.role != "user" or not RESULTS.fullmatch(message.content):
+        return [message]
+    return [Message("tool", result) for result in RESULT.findall(message.content)]
 
 
 def read_call(row: Any) -> Call:

@@ -14,7 +14,7 @@ from minitau.envs.courier.world import CourierEnv
 from minitau.episode import BadInput, Call, Check, Completion, Message, Sampling, Stop, Trajectory
 from minitau.log import write_jsonl
 from minitau.rollout import Limits, play
-from minitau.sft import DataError, read_conversations, to_trajectory
+from minitau.sft import DataError, conversation, read_conversations, to_trajectory
 
 WORLD = Courier()
 HOLD = {"parcel": "P12"}
@@ -282,3 +282,19 @@ def test_what_broke_on_our_side_is_never_kept():
 def test_the_groups_keep_their_order():
     groups = [[attempt(1.0, (), i)] for i in range(5)]
     assert [t.sample for t in sft.reject(groups, 0.6)] == list(range(5))
+
+
+def test_tool_results_that_a_data_set_wrote_as_a_users_are_the_tools():
+    block = "<tool_response>\n{}\n</tool_response>"
+    rows = [
+        {"role": "system", "content": "Write calls in <tool_call> tags."},
+        {"role": "user", "content": "Where is it?"},
+        {"role": "assistant", "content": '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'},
+        {"role": "user", "content": block.format('{"a": 1}') + "\n" + block.format("two\nlines")},
+        {"role": "assistant", "content": "Here."},
+        {"role": "user", "content": "I said <tool_response> and no more."},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    given = conversation({"messages": rows}, 1)
+    assert [(m.role, m.content) for m in given.messages][1:3] == [("tool", '{"a": 1}'), ("tool", "two\nlines")]
+    assert given.messages[4] == Message("user", rows[5]["content"])
