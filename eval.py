@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minitau import checkpoint, config, parallel, rollout
 from minitau.chat import load_chat
 from minitau.engines import open_engine
@@ -38,9 +40,9 @@ def evaluate(cfg: config.Evaluation) -> list[dict[str, Any]]:
     policy = open_policy(cfg) if cfg.agent == "policy" else None
     folder = Path(cfg.out)
     if parallel.is_main():
-        config.claim_run_dir(cfg.out, cfg.resume, {"stage": "eval", **dataclasses.asdict(cfg)})
+        config.claim_run_dir(cfg.out, cfg.resume, {"script": "eval.py", **dataclasses.asdict(cfg)})
     parallel.barrier()
-    done = finished(folder)
+    done = {key for key, trajectory in finished(folder).items() if not trajectory.stop.ours}
     missing = [(task, sample) for task, sample in jobs if (task.key, sample) not in done]
     start = time.perf_counter()
     # Each rank appends to a file of its own, so that no two processes write into one line.
@@ -68,7 +70,8 @@ def open_policy(cfg: config.Evaluation) -> tuple[Any, Any]:
     if not cfg.model:
         raise BadInput("--model is needed to evaluate a policy; --agent gold, refuse or transfer needs none")
     chat = load_chat(cfg.model, cfg.dialect)
-    return checkpoint.load_model(cfg.model).to(parallel.device()).requires_grad_(False), chat
+    model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype))
+    return model.requires_grad_(False), chat
 
 
 def play_script(
@@ -90,10 +93,14 @@ def play_script(
 
 
 def finished(folder: Path) -> dict[tuple[str, int], Trajectory]:
-    """The episodes on disk, by (task, trial). A line that was cut by a crash is not one."""
+    """The episodes on disk, by (task, trial). A line that was cut by a crash is not one.
+
+    One that broke on our side is played again by a resumed evaluation; then its second line counts.
+    """
     lines = [line for path in sorted(folder.glob("episodes-*.jsonl")) for line in whole_lines(path)]
     episodes = [Trajectory.from_json(json.loads(line)) for line in lines]
-    return {(t.task.key, t.sample): t for t in episodes}
+    broken_first = sorted(episodes, key=lambda t: not t.stop.ours)
+    return {(t.task.key, t.sample): t for t in broken_first}
 
 
 def by_domain(played: list[Trajectory]) -> list[tuple[str, list[Trajectory]]]:
@@ -103,7 +110,10 @@ def by_domain(played: list[Trajectory]) -> list[tuple[str, list[Trajectory]]]:
 
 
 def row(cfg: config.Evaluation, domain: str, played: list[Trajectory], seconds: float) -> dict[str, Any]:
-    """One line of the table. Episodes that broke on our side are counted apart, not in the score."""
+    """One line of the table. Episodes that broke on our side are counted apart, not in the score.
+
+    `seconds` is the wall-clock time of this command, all domains together.
+    """
     tallies: dict[str, list[int]] = {}
     for t in played:
         tally = tallies.setdefault(t.task.key, [0, 0])

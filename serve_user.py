@@ -18,6 +18,8 @@ import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import torch
+
 from minitau import checkpoint, config, parallel
 from minitau.chat import Chat, load_chat
 from minitau.engines import open_engine
@@ -38,6 +40,8 @@ def complete(body: Any, cfg: config.Server, chat: Chat, engine: Engine) -> dict[
     policy = messages.pop(0).content if messages[0].role == "system" else ""
     opening = Opening(policy, tuple(body.get("tools") or ()), tuple(messages))
     prompt_ids = chat.open(opening)
+    if len(prompt_ids) >= cfg.max_tokens:
+        raise ValueError(f"the conversation has {len(prompt_ids)} tokens; --max-tokens is {cfg.max_tokens}")
     limit = int(body.get("max_completion_tokens") or body.get("max_tokens") or cfg.max_new_tokens)
     temperature = cfg.temperature if body.get("temperature") is None else float(body["temperature"])
     seed = random.getrandbits(63) if body.get("seed") is None else int(body["seed"])
@@ -108,17 +112,22 @@ def make_server(cfg: config.Server, chat: Chat, engine: Engine) -> ThreadingHTTP
 
         def reply(self, status: int, row: dict[str, Any]) -> None:
             payload = json.dumps(row).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(payload)))
-            self.end_headers()
-            self.wfile.write(payload)
+            try:
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+            except ConnectionError:  # the client gave up waiting; it will ask again
+                self.close_connection = True
 
         def log_message(self, *_: Any) -> None:
             """Say nothing: a line a request would drown everything else."""
 
-    ThreadingHTTPServer.request_queue_size = 128
-    return ThreadingHTTPServer((HOST, cfg.port), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # clients that may ask in the same moment
+
+    return Server((HOST, cfg.port), Handler)
 
 
 def main(argv: list[str]) -> int:
@@ -127,7 +136,7 @@ def main(argv: list[str]) -> int:
         if not cfg.model:
             raise BadInput("--model is needed")
         chat = load_chat(cfg.model, "native")
-        model = checkpoint.load_model(cfg.model).to(parallel.device()).requires_grad_(False)
+        model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype)).requires_grad_(False)
         server = make_server(cfg, chat, open_engine(cfg, model, chat.stop_ids))
     except BadInput as error:
         print(f"serve_user.py: {error}", file=sys.stderr)

@@ -5,7 +5,8 @@ opening; from then on each batch of messages becomes a *delta* of ids that is ap
 sampled stays id for id where it was. This file knows two dialects and no domain:
 
   native       plain text speaks to the customer, <tool_call>{...}</tool_call> calls a tool
-  single-call  every turn is exactly one tool call; `respond` speaks and `done` ends the conversation
+  single-call  every turn is exactly one tool call (words beside it are a thought that nobody hears);
+               `respond` speaks and `done` ends the conversation
 
 Parsing reads JSON and nothing else: no text of the model is ever evaluated.
 """
@@ -79,8 +80,8 @@ class Chat:
         self.dialect = dialect
         self.eos_id: int = tokenizer.eos_token_id
         # A reply may also end with a plain end of text, as Qwen3's generation config allows.
-        end_of_text = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-        self.stop_ids = frozenset({self.eos_id} | ({end_of_text} if isinstance(end_of_text, int) else set()))
+        vocabulary = tokenizer.get_vocab()
+        self.stop_ids = frozenset({self.eos_id, vocabulary.get("<|endoftext|>", self.eos_id)})
         self.lock = threading.Lock()  # fast tokenizers are not safe to share between threads
         for role in ("user", "tool"):  # a template that cannot do this fails here, not in an episode
             if SENTINEL not in self.delta_text([Message(role, SENTINEL)]):
@@ -92,6 +93,8 @@ class Chat:
         """Ids of everything up to where the agent's first reply begins."""
         policy, tools = opening.policy, list(opening.tools)
         if self.dialect == "single-call":
+            if {"respond", "done"} & {tool["function"]["name"] for tool in tools}:
+                raise ChatError("a tool of this domain is called respond or done, as single-call's own are")
             policy, tools = policy + SINGLE_CALL_RULE, [*tools, RESPOND, DONE]
         messages = [Message("system", policy), *opening.messages]
         return self.encode(self.render([self.as_dict(m) for m in messages], tools, reply_next=True))
@@ -142,6 +145,7 @@ class Chat:
         marks = MARKS if message.role in ("user", "tool") else ()
         for token in (*self.tokenizer.all_special_tokens, *marks):
             text = text.replace(token, token[0] + " " + token[1:])
+        text = text.encode("utf-8", "replace").decode()  # half a character would break the tokenizer
         return {"role": message.role, "content": text}
 
     # -- the agent's side: what it said, and how a demonstration would say it ----------------------
@@ -154,6 +158,8 @@ class Chat:
         calls = message.calls
         if self.dialect == "single-call" and not calls and OPEN not in message.content:
             return call_text(Call("respond", {"content": message.content}))
+        if self.dialect == "single-call" and len(calls) > 1:
+            raise ChatError(f"a reply has {len(calls)} calls, the single-call dialect has one")
         parts = [message.content] if message.content else []
         return "\n".join(parts + [call_text(call) for call in calls])
 

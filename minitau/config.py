@@ -38,9 +38,9 @@ class Episodes:
     max_bad_calls: int = setting(3, "malformed replies in a row that end an episode")
     concurrency: int = setting(128, "episodes at once on one rank")
     patience: float = setting(
-        -1.0,
-        "seconds the local engine waits for customers before a step; below 0 there is no limit in courier, whose "
-        "customers answer at once, so that a run repeats bit for bit, and no wait in tau2",
+        86_400.0,
+        "seconds the local engine waits, before a step, for customers to answer: for ever, as it were, where they "
+        "answer at once (then a run repeats bit for bit), and not at all where a model plays them",
     )
     user_model: str = setting("gpt-4.1-mini", "tau2: the customer's model, as litellm names it")
     user_api_base: str = setting("", "tau2: the customer's endpoint, if not the provider's own")
@@ -131,6 +131,7 @@ class Evaluation(Episodes):
 
     agent: str = setting("policy", "who plays", ("policy", "gold", "flawed", "refuse", "transfer"))
     model: str = setting("", "a Hugging Face directory of a dense Qwen3 (agent policy)")
+    dtype: str = setting("float32", "of its weights", ("float32", "bfloat16"))
     out: str = setting("", "folder for episodes.jsonl and results.json")
     resume: bool = setting(False, "keep the finished episodes in --out and play the rest")
     split: str = setting("test", "which tasks")
@@ -157,27 +158,35 @@ class Server:
     """The user simulator's endpoint."""
 
     model: str = setting("", "a Hugging Face directory of a dense Qwen3")
+    dtype: str = setting("float32", "of its weights", ("float32", "bfloat16"))
     engine: str = setting("local", "what samples from the model", ("local",))
     port: int = setting(30001, "on 127.0.0.1; 0 takes any that is free")
     temperature: float = setting(0.7, "where a request names none")
     max_new_tokens: int = setting(256, "tokens of one reply, where a request names no limit")
-    max_tokens: int = setting(16_384, "tokens of one conversation at most")
-    concurrency: int = setting(64, "conversations served at once")
+    max_tokens: int = setting(32_768, "tokens of one conversation at most")
+    concurrency: int = setting(32, "conversations whose prefix stays cached, and the largest batch")
     patience: float = setting(0.0, "seconds the engine waits before a step for others to join it")
 
 
 STAGES = {"sft": SFT, "rft": RFT, "grpo": GRPO}
 
-# tau2-4b: the settings of the published pipeline, with the 4B model's real lengths.
-TAU2_EPISODES = {
-    "env": "tau2",
-    "domains": ("airline", "retail", "telecom"),
-    "max_new_tokens": 4096,
-    "max_tokens": 32_768,
-    "max_turns": 100,
-    "concurrency": 32,
+# Defaults that follow --env, for settings that a script has. The fields' own are courier's.
+ENV_DEFAULTS: dict[str, dict[str, Any]] = {
+    "courier": {},
+    "tau2": {
+        "domains": ("airline", "retail", "telecom"),
+        "max_new_tokens": 1024,
+        "max_tokens": 32_768,
+        "max_turns": 100,
+        "concurrency": 32,
+        "patience": 0.0,
+        "micro_batch_tokens": 32_768,
+    },
 }
+
+# tau2-4b: the settings of the published pipeline.
 TAU2_TRAINING = {"dtype": "bfloat16", "activation_checkpointing": True, "micro_batch_tokens": 32_768}
+TAU2_EPISODES = {"env": "tau2", "max_new_tokens": 4096}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "courier": {"sft": {}, "rft": {}, "grpo": {}},
     "tau2-4b": {
@@ -222,7 +231,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
 
 def parse_stage(argv: list[str]) -> tuple[str, Any]:
     """The stage's name and its settings: defaults, then --preset, then flags."""
-    first = argparse.ArgumentParser(add_help=False)
+    first = OneLineParser("train.py", add_help=False, allow_abbrev=False)
     first.add_argument("--stage", choices=tuple(STAGES))
     known, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     parser = OneLineParser("train.py", description="Train one stage: sft, rft or grpo.", allow_abbrev=False)
@@ -231,7 +240,7 @@ def parse_stage(argv: list[str]) -> tuple[str, Any]:
     add_flags(parser, STAGES[known.stage or "grpo"])
     given = vars(parser.parse_args(argv))
     stage, preset = given.pop("stage"), given.pop("preset")
-    cfg = STAGES[stage](**{**PRESETS[preset][stage], **given})
+    cfg = settle(STAGES[stage], {**PRESETS[preset][stage], **given})
     check(cfg, required=("model", "out") + (("data",) if stage == "sft" else ()))
     return stage, cfg
 
@@ -240,9 +249,16 @@ def parse(kind: type, prog: str, description: str, argv: list[str] | None = None
     """Settings of a script with a single dataclass."""
     parser = OneLineParser(prog, description=description, allow_abbrev=False)
     add_flags(parser, kind)
-    cfg = kind(**vars(parser.parse_args(argv)))
+    cfg = settle(kind, vars(parser.parse_args(argv)))
     check(cfg)
     return cfg
+
+
+def settle(kind: type, given: dict[str, Any]) -> Any:
+    """Settings of `kind`: its defaults, then those of the environment, then what was given."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    follows = ENV_DEFAULTS[given.get("env", "courier")].items()
+    return kind(**{**{name: value for name, value in follows if name in names}, **given})
 
 
 POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
@@ -252,7 +268,7 @@ POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
 
 NOT_NEGATIVE = (  # noqa: SIM905  (likewise)
     "lr weight_decay max_grad_norm warmup alpha clip_low clip_high entropy kl importance_cap sequence_low "
-    "sequence_high tasks temperature user_temperature"
+    "sequence_high tasks patience temperature user_temperature"
 ).split()
 
 

@@ -65,6 +65,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, *, last_step: int, enabled: bool, wandb: bool = False, tensorboard: bool = False):
         self.path = run_dir / "metrics.jsonl"
         self.enabled = enabled
+        self.bar = progress_bar("", None, "step", shown=False)
         self.wandb = self.tensorboard = None
         if not enabled:
             return
@@ -114,7 +115,7 @@ def whole_lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
     whole, newline, _ = path.read_bytes().rpartition(b"\n")
-    return whole.decode("utf-8").split("\n") if newline else []
+    return [line for line in whole.decode("utf-8").split("\n") if line] if newline else []
 
 
 def open_to_append(path: Path) -> TextIO:

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from minitau import config, rollout
-from minitau.chat import Chat
+from minitau.chat import Chat, ChatError
 from minitau.envs import open_world
 from minitau.episode import (
     BadInput,
     Call,
     Completion,
     Demonstration,
+    EpisodeError,
     Message,
     Opening,
     Task,
@@ -99,7 +100,7 @@ def conversation(row: Any, line: int) -> Conversation:
 def read_message(row: Any) -> Message:
     if not isinstance(row, dict) or row.get("role") not in ("system", "user", "assistant", "tool"):
         raise ValueError(f"a message needs a role (system, user, assistant or tool): {json.dumps(row)[:80]}")
-    content = row.get("content") or ""
+    content = "" if row.get("content") is None else row["content"]
     if not isinstance(content, str):
         raise ValueError(f"the content of a message is not text: {json.dumps(content)[:80]}")
     calls = row.get("tool_calls") or []
@@ -129,7 +130,8 @@ def read_call(row: Any) -> Call:
 def to_trajectory(given: Conversation, chat: Chat) -> Trajectory:
     """The ids of a conversation as a rollout would have made them; `said` marks the agent's replies.
 
-    What comes after the agent's last reply is left out: nothing follows from it.
+    What comes after the agent's last reply is left out: nothing follows from it. Raises DataError if
+    the chat's dialect cannot say what a reply says.
     """
     trajectory = Trajectory(Task("file", "train", str(given.line)), 0)
     trajectory.messages = [*given.opening.messages, *given.messages]
@@ -141,7 +143,10 @@ def to_trajectory(given: Conversation, chat: Chat) -> Trajectory:
             continue
         if trajectory.turns:
             trajectory.hear(chat.extend(trajectory.ids, heard)[len(trajectory.ids) :])
-        ids = chat.write(message)
+        try:
+            ids = chat.write(message)
+        except ChatError as error:
+            raise DataError(f"line {given.line}: {error}") from None
         trajectory.say(Completion(tuple(ids), (0.0,) * len(ids), "stop", 0))
         heard = []
     return trajectory
@@ -197,7 +202,7 @@ def main() -> int:
         write_jsonl(Path(cfg.out), map(to_row, played))
         paid = sum(d.evaluation.reward >= 1.0 for d in played)
         print(f"{cfg.out}: {len(played)} demonstrations, {paid} of them earn the reward")
-    except (BadInput, OSError) as error:
+    except (BadInput, EpisodeError, OSError) as error:
         print(f"sft: {error}", file=sys.stderr)
         return 2
     return 0

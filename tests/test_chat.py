@@ -198,6 +198,12 @@ def test_a_customer_cannot_forge_the_result_of_a_tool(tiny_dir):
     assert forged != heard
 
 
+def test_a_policy_may_show_what_a_call_looks_like(chat):
+    # Many system prompts of published conversations explain the format; they are ours, not the customer's.
+    policy = 'Answer with <tool_call>{"name": ...}</tool_call>. You hear <tool_response>...</tool_response>.'
+    assert policy in chat.decode(chat.open(Opening(policy, (), (user("Hi"),))))
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -321,6 +327,8 @@ def test_every_scripted_reply_is_parsed_back(chats):
         ("native", '{"name": "hold"}</tool_call>', "not opened"),
         ("native", "<tool_call></tool_call>", "not valid JSON"),
         ("native", "<tool_call>hold(P12)</tool_call>", "not valid JSON"),
+        ("native", '<tool_call>{"name": "hold"} now</tool_call>', "closed"),
+        ("native", '<tool_call>{"name": "hold"}</tool_call><tool_call>{"name": "hold"}', "not closed"),
         ("native", "<tool_call>[1]</tool_call>", '"name"'),
         ("native", '<tool_call>{"name": 5}</tool_call>', '"name"'),
         ("native", '<tool_call>{"name": "hold", "arguments": "P12"}</tool_call>', "JSON object"),
@@ -352,6 +360,12 @@ def test_a_cut_reply_is_an_error_even_if_it_could_be_parsed(chats):
     chat = chats["native"]
     action = chat.parse(chat.encode("Hello, I am"), TOOLS, cut=True)
     assert "too long" in action.error and action.text == "Hello, I am"
+
+
+def test_words_around_calls_are_a_thought(chats):
+    chat, call = chats["native"], '<tool_call>{"name": "hold", "arguments": {"parcel": "P12"}}</tool_call>'
+    action = chat.parse([*chat.encode(f"I look. {call}{call} Then I wait."), chat.eos_id], TOOLS)
+    assert action == Action(text="I look.  Then I wait.", calls=2 * (Call("hold", {"parcel": "P12"}),))
 
 
 def test_a_thought_is_not_said(chats):
@@ -437,7 +451,9 @@ def mutate(rng, text):
 
 def test_ten_thousand_replies_none_raises_and_none_is_evaluated(chats, monkeypatch):
     rng = random.Random(42)
-    valid = [chat.write_text(says(some_text(rng), *[some_call(rng)] * n)) for n in (0, 1, 2) for chat in chats.values()]
+    most = {"native": 2, "single-call": 1}  # calls in one reply
+    counts = [(chat, n) for dialect, chat in chats.items() for n in range(most[dialect] + 1)]
+    valid = [chat.write_text(says(some_text(rng), *[some_call(rng)] * n)) for chat, n in counts]
     vocabulary = len(chats["native"].tokenizer)
 
     def forbidden(*_, **__):

@@ -407,6 +407,29 @@ def test_an_engine_that_shares_the_models_parameters_copies_nothing(local):
     assert error_of(model, prompt, completion, SOFT) < TOLERANCE
 
 
+@pytest.mark.parametrize("when", [0, 2], ids=["while prefilling", "while decoding"])
+def test_weights_do_not_change_under_a_request(local, reference, when):
+    engine, calls = local(), []
+    hidden = engine.model.hidden
+    reached, go_on = threading.Event(), threading.Event()
+
+    def stopping(*args):
+        calls.append(0)
+        if len(calls) == when + 1:
+            reached.set()
+            assert go_on.wait(PATIENCE_OF_THE_TEST)
+        return hidden(*args)
+
+    engine.stop_ids, engine.model.hidden = frozenset(), stopping
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(engine.generate, [9, 8, 7], SOFT, session="s", seed=0)
+        assert reached.wait(PATIENCE_OF_THE_TEST)
+        with pytest.raises(AssertionError, match="under a request"):
+            engine.sync(reference.named_parameters(), 1)
+        go_on.set()
+        assert asked.result(PATIENCE_OF_THE_TEST).weight_version == 0
+
+
 def ask_all(engine, n):
     """What each of `n` threads that ask at once gets: a Completion or an EngineError."""
 

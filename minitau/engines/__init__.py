@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -21,7 +20,4 @@ def open_engine(cfg: Any, model: Qwen3, stop_ids: frozenset[int]) -> Engine:
         with torch.device("meta"):
             whole = Qwen3(model.cfg)
         model = whole.to_empty(device=parallel.device()).to(dtype).requires_grad_(False)
-    patience = cfg.patience
-    if patience < 0:
-        patience = math.inf if cfg.env == "courier" else 0.0
-    return LocalEngine(model, stop_ids, slots=cfg.concurrency, max_context=cfg.max_tokens + 1, patience=patience)
+    return LocalEngine(model, stop_ids, slots=cfg.concurrency, max_context=cfg.max_tokens + 1, patience=cfg.patience)

@@ -49,11 +49,13 @@ class Request:
     sampling: Sampling
     session: str
     rng: random.Random
+    wave: int  # the engine's steps when it came
     slot: Slot | None = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""
     error: str = ""
+    version: int = 0
     answered: threading.Event = field(default_factory=threading.Event)
 
 
@@ -86,7 +88,7 @@ class LocalEngine:
         self.pending: list[Request] = []
         self.running: list[Request] = []
         self.joined = 0
-        self.served = 0
+        self.served = self.steps = 0
         self.closed = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self.serve, name="local-engine", daemon=True)
@@ -106,16 +108,18 @@ class LocalEngine:
     def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, session: str, seed: int) -> Completion:
         if not prompt_ids or len(prompt_ids) >= self.max_context:
             raise EngineError(f"prompt of {len(prompt_ids)} tokens, the engine takes 1 to {self.max_context - 1}")
-        request = Request(list(prompt_ids), sampling, session, random.Random(seed))
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.model.cfg.vocab_size:
+            raise EngineError(f"a prompt has ids outside the vocabulary of {self.model.cfg.vocab_size}")
         with self.changed:
             if self.closed:
                 raise EngineError("the engine is closed")
+            request = Request(list(prompt_ids), sampling, session, random.Random(seed), self.steps)
             self.pending.append(request)
             self.changed.notify_all()
         request.answered.wait()
         if request.error:
             raise EngineError(request.error)
-        return Completion(tuple(request.ids), tuple(request.logprobs), request.finish, self.version)
+        return Completion(tuple(request.ids), tuple(request.logprobs), request.finish, request.version)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take over `weights` in place; those that already are the engine's own cost nothing."""
@@ -177,13 +181,14 @@ class LocalEngine:
             self.advance(self.running, [r.ids[-1:] for r in self.running])
 
     def admit(self) -> list[Request]:
-        """Give slots to waiting requests, in the order of their sessions' names.
+        """Give slots to waiting requests: who came earlier first, then in the order of their sessions' names.
 
         A fresh session waits one step if another one, admitted now, is about to compute the same
         prefix: it copies it then instead of computing it again.
         """
+        self.steps += 1
         admitted, heads = [], set()
-        for request in sorted(self.pending, key=lambda r: r.session):
+        for request in sorted(self.pending, key=lambda r: (r.wave, r.session)):
             free = [slot for slot in self.slots if not slot.busy]
             if not free:
                 break
@@ -324,6 +329,7 @@ class LocalEngine:
             elif len(request.ids) >= request.sampling.max_new_tokens or full:
                 request.finish = "length"
             if request.finish:
+                request.version = self.version
                 request.slot.busy = False
                 finished.append(request)
         with self.changed:
