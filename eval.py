@@ -26,7 +26,7 @@ from minitau.engines import open_engine
 from minitau.envs import open_world
 from minitau.episode import BadInput, EnvError, Stop, Task, Trajectory, World
 from minitau.estimators import bootstrap_interval, mean_over_tasks, pass_at_k, pass_hat_k
-from minitau.log import complain, open_to_append, progress_bar, whole_lines
+from minitau.log import open_to_append, progress_bar, run_script, whole_lines
 from minitau.report import table
 
 TOO_MANY_ERRORS = 0.05  # share of broken episodes above which a score should not be trusted
@@ -140,32 +140,22 @@ def row(cfg: config.Evaluation, domain: str, played: list[Trajectory], seconds: 
     }
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
+    cfg = config.parse(config.Evaluation, "eval.py", "pass@k and pass^k of one agent.", argv)
+    if not cfg.out:
+        raise BadInput("--out is needed")
+    parallel.start()
     try:
-        cfg = config.parse(config.Evaluation, "eval.py", "pass@k and pass^k of one agent.", argv)
-        if not cfg.out:
-            raise BadInput("--out is needed")
-        parallel.start()
         rows = evaluate(cfg)
-        if parallel.is_main():
-            checkpoint.write_json(Path(cfg.out) / "results.json", rows)
-            print(table(rows))
-            played = sum(rows[-1]["stops"].values())
-            if rows[-1]["errors"] > TOO_MANY_ERRORS * played:
-                print(f"eval.py: {rows[-1]['errors']} of {played} EPISODES BROKE ON OUR SIDE: do not trust this score")
-    except BadInput as error:
-        complain(f"eval.py: {error}")
-        return 2
-    except OSError as error:
-        complain(f"eval.py: {error}; the same command with --resume goes on")
-        return 1
-    except KeyboardInterrupt:
-        complain("eval.py: interrupted; the same command with --resume goes on")
-        return 130
     finally:
         parallel.stop()
-    return 0
+    if parallel.is_main():
+        checkpoint.write_json(Path(cfg.out) / "results.json", rows)
+        print(table(rows))
+        played = sum(rows[-1]["stops"].values())
+        if rows[-1]["errors"] > TOO_MANY_ERRORS * played:
+            print(f"eval.py: {rows[-1]['errors']} of {played} EPISODES BROKE ON OUR SIDE: do not trust this score")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_script("eval.py", main, sys.argv[1:]))

@@ -9,6 +9,7 @@ streaming), /v1/models and /health.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -24,6 +25,7 @@ from minitau import checkpoint, config, parallel
 from minitau.chat import Chat, load_chat
 from minitau.engines import open_engine
 from minitau.episode import Action, BadInput, Engine, EngineError, Opening, Sampling
+from minitau.log import run_script
 from minitau.sft import read_message
 
 HOST = "127.0.0.1"
@@ -130,29 +132,21 @@ def make_server(cfg: config.Server, chat: Chat, engine: Engine) -> ThreadingHTTP
     return Server((HOST, cfg.port), Handler)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
+    cfg = config.parse(config.Server, "serve_user.py", "Serve a user simulator over HTTP.", argv)
+    if not cfg.model:
+        raise BadInput("--model is needed")
+    chat = load_chat(cfg.model, "native")
+    model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype)).requires_grad_(False)
     try:
-        cfg = config.parse(config.Server, "serve_user.py", "Serve a user simulator over HTTP.", argv)
-        if not cfg.model:
-            raise BadInput("--model is needed")
-        chat = load_chat(cfg.model, "native")
-        model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype)).requires_grad_(False)
         server = make_server(cfg, chat, open_engine(cfg, model, chat.stop_ids))
-    except BadInput as error:
-        print(f"serve_user.py: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"serve_user.py: port {cfg.port}: {error.strerror}; choose another --port", file=sys.stderr)
-        return 1
-    base = f"http://{HOST}:{server.server_port}/v1"
+        raise BadInput(f"port {cfg.port}: {error.strerror}; choose another --port") from None
     print(f"serving {cfg.model}; give train.py and eval.py", flush=True)
-    print(f"  --user-model openai/{NAME} --user-api-base {base}", flush=True)
-    try:
+    print(f"  --user-model openai/{NAME} --user-api-base http://{HOST}:{server.server_port}/v1", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
         server.serve_forever()
-    except KeyboardInterrupt:
-        return 0
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_script("serve_user.py", main, sys.argv[1:]))

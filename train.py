@@ -25,7 +25,7 @@ from minitau.curriculum import Curriculum
 from minitau.engines import open_engine
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory, World
-from minitau.log import Clock, complain, progress_bar, write_jsonl
+from minitau.log import Clock, progress_bar, run_script, write_jsonl
 from minitau.model import Qwen3, packed_attention
 from minitau.run import Run, export, micro_batches, open_reference, open_run, save, save_trajectories, say, update
 
@@ -319,24 +319,14 @@ def cosine(done: int, total: int, cfg: config.SFT | config.RFT) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, total - warmup)))
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
+    stage, cfg = config.parse_stage(argv)
+    parallel.start()
     try:
-        stage, cfg = config.parse_stage(argv)
-        parallel.start()
         {"sft": train_sft, "rft": train_rft, "grpo": train_grpo}[stage](cfg)
-    except BadInput as error:
-        complain(f"train.py: {error}")
-        return 2
-    except OSError as error:
-        complain(f"train.py: {error}; the same command with --resume goes on")
-        return 1
-    except KeyboardInterrupt:
-        complain("train.py: interrupted; the same command with --resume goes on")
-        return 130
     finally:
         parallel.stop()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_script("train.py", main, sys.argv[1:]))

@@ -18,9 +18,10 @@ from typing import Any
 from minitau import checkpoint, config, report
 from minitau.config import setting
 from minitau.episode import BadInput
-from minitau.log import whole_lines
+from minitau.log import run_script, whole_lines
 
 ROOT = Path(__file__).resolve().parent.parent
+MARKER = ".minitau-demo"  # says that a folder is a demo's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,30 +88,29 @@ def pipeline(cfg: Demo) -> list[dict[str, Any]]:
     return rows + evaluate(cfg, "grpo", "--model", str(model))
 
 
-def main() -> int:
+def claim(out: Path, resume: bool) -> None:
+    """Make the demo's folder. One that holds something else is neither used nor, above all, removed."""
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
+        raise BadInput(f"{out} is not empty and holds no demo; choose another --out")
+    if not resume:
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()
+
+
+def main(argv: list[str]) -> None:
     start = time.perf_counter()
-    try:
-        cfg = config.parse(Demo, "make demo", "base, SFT, RFT and GRPO on one CPU.")
-        out = Path(cfg.out).resolve()
-        if not cfg.resume:
-            shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True, exist_ok=True)
-        rows = pipeline(cfg)
-        checkpoint.write_json(out / "results.json", rows)
-        curves = {
-            s: [json.loads(line) for line in whole_lines(out / s / "metrics.jsonl")] for s in ("sft", "rft", "grpo")
-        }
-        report.draw(out / "learning.png", rows, curves)
-    except (BadInput, OSError) as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ndemo: interrupted; the same command goes on where it was", file=sys.stderr)
-        return 130
+    cfg = config.parse(Demo, "make demo", "base, SFT, RFT and GRPO on one CPU.", argv)
+    out = Path(cfg.out).resolve()
+    claim(out, cfg.resume)
+    rows = pipeline(cfg)
+    checkpoint.write_json(out / "results.json", rows)
+    stages = ("sft", "rft", "grpo")
+    curves = {stage: [json.loads(line) for line in whole_lines(out / stage / "metrics.jsonl")] for stage in stages}
+    report.draw(out / "learning.png", rows, curves)
     print(f"\n{report.table(rows)}\n")
     print(f"{out / 'results.json'} and {out / 'learning.png'} are written; {time.perf_counter() - start:.0f} s in all")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script("make demo", main, sys.argv[1:]))

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from minitau.episode import BadInput
+from minitau.episode import BadInput, EpisodeError
 
 
 class Clock:
@@ -50,9 +50,24 @@ def progress_bar(
     return tqdm(desc=what, total=total, unit=unit, initial=done, leave=leave, disable=not shown, mininterval=every)
 
 
-def complain(text: str) -> None:
-    """One line on stderr, clear of any progress bar that still stands there."""
-    tqdm.write(text, file=sys.stderr)
+def run_script(name: str, body: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Run a script's `body` on its flags; its exit status.
+
+    What a user can mend is one line on stderr, clear of any progress bar that still stands there: 2
+    for bad input, 1 for what the system refused or the world broke, 130 for ctrl-C.
+    """
+    try:
+        body(argv)
+    except BadInput as error:
+        status, line = 2, str(error)
+    except (OSError, EpisodeError) as error:
+        status, line = 1, str(error)
+    except KeyboardInterrupt:
+        status, line = 130, "interrupted; the same command goes on where it was (train.py, eval.py: with --resume)"
+    else:
+        return 0
+    tqdm.write(f"{name}: {' '.join(line.split())}", file=sys.stderr)
+    return status
 
 
 class MetricsLog:

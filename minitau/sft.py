@@ -26,13 +26,12 @@ from minitau.episode import (
     Call,
     Completion,
     Demonstration,
-    EpisodeError,
     Message,
     Opening,
     Task,
     Trajectory,
 )
-from minitau.log import write_jsonl
+from minitau.log import run_script, write_jsonl
 from minitau.reward import partial
 
 RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
@@ -190,23 +189,18 @@ def reject(groups: Iterable[Sequence[Trajectory]], min_partial: float) -> list[T
     return kept
 
 
-def main() -> int:
-    try:
-        cfg = config.parse(config.Demonstrations, "python -m minitau.sft", "Write demonstrations to train on.")
-        if not cfg.out:
-            raise BadInput("--out is needed")
-        world = open_world(cfg)
-        tasks = rollout.training_tasks(world, cfg.domains, cfg.tasks)
-        played = [world.demonstrate(task, cfg.agent, seed=f"{cfg.seed}:{task.key}") for task in tasks]
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-        write_jsonl(Path(cfg.out), map(to_row, played))
-        paid = sum(d.evaluation.reward >= 1.0 for d in played)
-        print(f"{cfg.out}: {len(played)} demonstrations, {paid} of them earn the reward")
-    except (BadInput, EpisodeError, OSError) as error:
-        print(f"sft: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str]) -> None:
+    cfg = config.parse(config.Demonstrations, "python -m minitau.sft", "Write demonstrations to train on.", argv)
+    if not cfg.out:
+        raise BadInput("--out is needed")
+    world = open_world(cfg)
+    tasks = rollout.training_tasks(world, cfg.domains, cfg.tasks)
+    played = [world.demonstrate(task, cfg.agent, seed=f"{cfg.seed}:{task.key}") for task in tasks]
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(Path(cfg.out), map(to_row, played))
+    paid = sum(d.evaluation.reward >= 1.0 for d in played)
+    print(f"{cfg.out}: {len(played)} demonstrations, {paid} of them earn the reward")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script("minitau.sft", main, sys.argv[1:]))

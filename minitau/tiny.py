@@ -21,6 +21,7 @@ from minitau import checkpoint, config, sft
 from minitau.config import setting
 from minitau.envs import open_world
 from minitau.episode import BadInput
+from minitau.log import run_script
 from minitau.model import ModelConfig, Qwen3, init_weights
 
 # Letters with digits behind them stay together: an id such as P37 is one word.
@@ -124,17 +125,12 @@ def make(cfg: Tiny, texts: Iterable[str]) -> Path:
     return folder
 
 
-def main() -> int:
-    try:
-        cfg = config.parse(Tiny, "python -m minitau.tiny", "Make a tiny random Qwen3 with its own tokenizer.")
-        if not cfg.out:
-            raise BadInput("--out is needed")
-        print(f"wrote {make(cfg, world_texts(cfg))}")
-    except (BadInput, OSError) as error:
-        print(f"tiny: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str]) -> None:
+    cfg = config.parse(Tiny, "python -m minitau.tiny", "Make a tiny random Qwen3 with its own tokenizer.", argv)
+    if not cfg.out:
+        raise BadInput("--out is needed")
+    print(f"wrote {make(cfg, world_texts(cfg))}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script("minitau.tiny", main, sys.argv[1:]))

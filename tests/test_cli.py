@@ -15,6 +15,7 @@ import pytest
 import eval as evaluation
 import serve_user
 import train
+from minitau.log import run_script
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 def refused(capsys, main, *flags) -> str:
     """Run a script that must refuse; its one line."""
     try:
-        status = main([str(flag) for flag in flags])
+        status = run_script("script", main, [str(flag) for flag in flags])
     except SystemExit as stop:  # argparse leaves by itself
         status = stop.code
     err = capsys.readouterr().err
@@ -108,7 +109,7 @@ def test_settings_that_cannot_work(capsys, tmp_path, tiny_dir):
 def test_an_output_folder_that_holds_another_run(capsys, tmp_path, tiny_dir, data):
     out = tmp_path / "run"
     flags = ("--stage", "sft", "--model", tiny_dir, "--data", data, "--out", out, "--epochs", 1)
-    assert train.main([str(flag) for flag in flags]) == 0
+    assert run_script("train", train.main, [str(flag) for flag in flags]) == 0
     capsys.readouterr()
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert "--resume" in refused(capsys, train.main, *flags)
@@ -127,7 +128,7 @@ def test_no_disk_space_at_a_checkpoint(tmp_path, tiny_dir, data):
     flags = f"--stage sft --model {tiny_dir} --data {data} --out {tmp_path / 'run'} --batch-size 1 --save-every 1"
     code = (
         "import resource, signal, sys, train\n"
-        "from minitau import checkpoint\n"
+        "from minitau import checkpoint, log\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "write = checkpoint.save\n"
         "def save(run_dir, step, *args, **kwargs):\n"
@@ -135,7 +136,7 @@ def test_no_disk_space_at_a_checkpoint(tmp_path, tiny_dir, data):
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "    return write(run_dir, step, *args, **kwargs)\n"
         "checkpoint.save = save\n"
-        f"sys.exit(train.main({flags.split()!r}))\n"
+        f"sys.exit(log.run_script('train.py', train.main, {flags.split()!r}))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -144,7 +145,7 @@ def test_no_disk_space_at_a_checkpoint(tmp_path, tiny_dir, data):
     assert len(lines) == 1 and "step 2 was not written" in lines[0] and "--resume" in lines[0], done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
-    assert train.main([*flags.split(), "--resume"]) == 0, "with space again, the run goes on"
+    assert run_script("train", train.main, [*flags.split(), "--resume"]) == 0, "with space again, the run goes on"
 
 
 def test_tau2_that_is_not_there(tmp_path, tiny_dir):

@@ -8,6 +8,7 @@ import eval as script
 from minitau.engines import local
 from minitau.envs.courier import Courier
 from minitau.episode import EnvError, Evaluation, Stop, Task, Trajectory
+from minitau.log import run_script
 
 KEYS = {"stage", "domain", "split", "tasks", "trials", "pass@1", "pass@4", "pass^4", "ci95", "seconds"}
 
@@ -27,7 +28,7 @@ def plays(monkeypatch):
 
 def run(out, *flags):
     """(exit status, rows of results.json) of one evaluation."""
-    status = script.main(["--out", str(out), *map(str, flags)])
+    status = run_script("script", script.main, ["--out", str(out), *map(str, flags)])
     path = out / "results.json"
     return status, json.loads(path.read_text()) if path.is_file() else None
 
@@ -213,7 +214,7 @@ def test_a_row_counts_tasks_and_not_episodes():
 )
 def test_a_wrong_setting_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, flags, hint):
     out = tmp_path / "out"
-    assert script.main([flag.replace("OUT", str(out)) for flag in flags]) == 2
+    assert run_script("script", script.main, [flag.replace("OUT", str(out)) for flag in flags]) == 2
     err = capsys.readouterr().err
     assert hint in err and err.count("\n") == 1
     assert not out.exists()

@@ -19,6 +19,7 @@ from minitau.checkpoint import load_model
 from minitau.engines import open_engine
 from minitau.envs.courier.tools import schemas
 from minitau.episode import Call, Completion, EngineError, Message
+from minitau.log import run_script
 
 TALK = [
     {"role": "system", "content": "You are Ada. You want P12."},
@@ -253,9 +254,9 @@ def test_a_client_that_hangs_up_is_nobodys_problem(chat, capfd):
 
 
 def test_main_says_what_is_missing_in_one_line(tiny_dir, tmp_path, capsys, base):
-    assert serve_user.main([]) == 2
-    assert serve_user.main(["--model", str(tmp_path)]) == 2
-    assert serve_user.main(["--model", str(tiny_dir), "--port", base.rsplit(":", 1)[1]]) == 1  # taken
+    taken = base.rsplit(":", 1)[1]
+    for flags in ([], ["--model", str(tmp_path)], ["--model", str(tiny_dir), "--port", taken]):
+        assert run_script("serve_user.py", serve_user.main, flags) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 3 and "--model is needed" in err and "choose another --port" in err
 

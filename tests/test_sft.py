@@ -1,6 +1,7 @@
 """Conversations from files, demonstrations to files, and what rejection fine-tuning keeps."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from minitau.envs.courier import Courier
 from minitau.envs.courier.tools import schemas
 from minitau.envs.courier.world import CourierEnv
 from minitau.episode import BadInput, Call, Check, Completion, Message, Sampling, Stop, Trajectory
-from minitau.log import write_jsonl
+from minitau.log import run_script, write_jsonl
 from minitau.rollout import Limits, play
 from minitau.sft import DataError, conversation, read_conversations, to_trajectory
 
@@ -219,18 +220,20 @@ def test_a_demonstration_trains_on_the_ids_that_a_rollout_saying_the_same_has(ch
 def test_the_script_writes_what_training_reads(tmp_path, monkeypatch, capsys):
     path = tmp_path / "new" / "demonstrations.jsonl"
     monkeypatch.setattr("sys.argv", ["sft", "--agent", "gold", "--tasks", "7", "--out", str(path)])
-    assert sft.main() == 0
+    assert run_script("minitau.sft", sft.main, sys.argv[1:]) == 0
     assert "7 demonstrations, 7 of them earn the reward" in capsys.readouterr().out
     assert len(read_conversations(path)) == 7
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["task"].split("/")[0] for row in rows[:3]] == ["desk", "claims", "locker"]
     assert all(row["reward"] == 1.0 for row in rows)
     before = path.read_bytes()
-    assert sft.main() == 0 and path.read_bytes() == before  # the same seed writes the same bytes
+    assert (
+        run_script("minitau.sft", sft.main, sys.argv[1:]) == 0 and path.read_bytes() == before
+    )  # the same seed writes the same bytes
     monkeypatch.setattr("sys.argv", ["sft", "--agent", "gold", "--domains", "moon", "--out", str(path)])
-    assert sft.main() == 2
+    assert run_script("minitau.sft", sft.main, sys.argv[1:]) == 2
     monkeypatch.setattr("sys.argv", ["sft", "--agent", "gold"])
-    assert sft.main() == 2
+    assert run_script("minitau.sft", sft.main, sys.argv[1:]) == 2
     assert capsys.readouterr().err.count("\n") == 2
 
 
