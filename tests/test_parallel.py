@@ -19,6 +19,14 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """What is compared here is arithmetic on CPUs, also on a machine that has GPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "device", lambda: torch.device("cpu"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def one():
     """What a single process does: weights after three and five steps, and the run they belong to."""
