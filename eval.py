@@ -69,6 +69,7 @@ def evaluate(cfg: config.Evaluation) -> list[dict[str, Any]]:
 def open_policy(cfg: config.Evaluation) -> tuple[Any, Any]:
     if not cfg.model:
         raise BadInput("--model is needed to evaluate a policy; --agent gold, refuse or transfer needs none")
+    checkpoint.read_config(cfg.model)  # a wrong directory is told before anything slow
     chat = load_chat(cfg.model, cfg.dialect)
     model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype))
     return model.requires_grad_(False), chat

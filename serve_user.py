@@ -136,6 +136,7 @@ def main(argv: list[str]) -> None:
     cfg = config.parse(config.Server, "serve_user.py", "Serve a user simulator over HTTP.", argv)
     if not cfg.model:
         raise BadInput("--model is needed")
+    checkpoint.read_config(cfg.model)  # a wrong directory is told before anything slow
     chat = load_chat(cfg.model, "native")
     model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype)).requires_grad_(False)
     try:

@@ -79,7 +79,7 @@ def train_grpo(cfg: config.GRPO) -> None:
         with clock.phase("rollout"):
             groups, played, drawn = draw_groups(cfg, step, curriculum, stage)
         chunks = [weigh(cfg, part) for part in split(groups, cfg.updates_per_step)]
-        updates = [micro_batches(cfg, chunk) for chunk in chunks]
+        updates = [micro_batches(cfg, chunk) for chunk in chunks if chunk]
         with clock.phase("logprobs"):
             if reference:
                 updates = [[score(reference, mb, cfg, "reference_N") for mb in mbs] for mbs in updates]
@@ -115,19 +115,18 @@ def draw_groups(
 ) -> tuple[list[Group], list[Trajectory], dict[str, float]]:
     """Play until there are `tasks_per_step` groups that teach something, or the rounds are used up.
 
-    Returns the groups to train on, every trajectory played, and how many groups it took.
+    Returns the batch, every trajectory played, and how many groups it took. A batch that is still
+    short is filled with groups that teach nothing: they have no advantage, but they keep its size,
+    and so the meaning of the learning rate.
     """
     groups: list[Group] = []
-    played: list[Trajectory] = []
-    drawn: set[Task] = set()
-    flat = 0  # groups without a difference
+    teaches: list[bool] = []
     for number in range(cfg.max_rounds if cfg.dynamic_sampling else 1):
-        tasks = curriculum.draw(step, cfg.tasks_per_step - len(groups), exclude=drawn, round=number)
-        drawn |= set(tasks)
+        drawn = {group[0].task for group, _ in groups}
+        tasks = curriculum.draw(step, cfg.tasks_per_step - sum(teaches), exclude=drawn, round=number)
         jobs = rollout.group_jobs(tasks, cfg.group_size)
-        fresh = rollout.collect(jobs, stage, seed=f"{cfg.seed}:{step}:{number}", label=f"step {step}")
-        played += fresh
-        for task, group in zip(tasks, rollout.groups_of(fresh, cfg.group_size)):
+        played = rollout.collect(jobs, stage, seed=f"{cfg.seed}:{step}:{number}", label=f"step {step}")
+        for task, group in zip(tasks, rollout.groups_of(played, cfg.group_size)):
             counted = [not t.stop.ours for t in group]
             curriculum.update(task, [t.success for t in group if not t.stop.ours])
             shaped = reward.shape(
@@ -138,12 +137,13 @@ def draw_groups(
                 alpha=cfg.alpha,
                 scale=reward.domain_scale(task.domain),
             )
-            flat += not reward.differs(shaped, counted)
-            if reward.differs(shaped, counted) or not cfg.dynamic_sampling:
-                groups.append((group, shaped))
-        if len(groups) >= cfg.tasks_per_step or len(drawn) == len(curriculum.tasks):
+            groups.append((group, shaped))
+            teaches.append(reward.differs(shaped, counted))
+        if sum(teaches) >= cfg.tasks_per_step or len(groups) == len(curriculum.tasks):
             break
-    return groups, played, {"groups": len(drawn), "zero_variance_share": flat / len(drawn), "rounds": number + 1}
+    best = sorted(range(len(groups)), key=lambda i: not teaches[i])[: cfg.tasks_per_step]
+    share = {"groups": len(groups), "zero_variance_share": 1 - sum(teaches) / len(groups), "rounds": number + 1}
+    return [groups[i] for i in sorted(best)], [t for group, _ in groups for t in group], share
 
 
 def split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
@@ -168,7 +168,7 @@ def weigh(cfg: config.GRPO, groups: Sequence[Group]) -> list[batch.Sample]:
 
 
 def mean_of(losses: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the updates of a step; empty if no group taught anything and there was none."""
+    """Means over the updates of a step; empty if every episode broke on our side and there was none."""
     return {name: sum(each[name] for each in losses) / len(losses) for name in (losses[0] if losses else ())}
 
 

@@ -46,6 +46,8 @@ class CheckpointError(BadInput):
 def read_config(model_dir: str | Path) -> ModelConfig:
     """The ModelConfig of a Hugging Face directory. Raises CheckpointError for anything but dense Qwen3."""
     path = Path(model_dir) / "config.json"
+    if not Path(model_dir).is_dir():
+        raise CheckpointError(f"{model_dir}: no such directory; give a Hugging Face model directory")
     if not path.is_file():
         raise CheckpointError(f"{model_dir}: no config.json here; give a Hugging Face model directory")
     try:

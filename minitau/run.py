@@ -37,6 +37,7 @@ class Run:
 
 def open_run(stage: str, cfg: config.Training) -> Run:
     """Load model and tokenizer, claim the folder, shard, and restore the newest checkpoint if resuming."""
+    checkpoint.read_config(cfg.model)  # a wrong directory is told before anything slow
     chat = load_chat(cfg.model, cfg.dialect)
     model = checkpoint.load_model(cfg.model, activation_checkpointing=cfg.activation_checkpointing)
     folder = Path(cfg.out)

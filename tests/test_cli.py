@@ -59,7 +59,7 @@ def test_missing_and_foreign_models(capsys, tmp_path, data):
         flags = ("--stage", "sft", "--data", data, "--out", tmp_path / "run", *model)
         return refused(capsys, train.main, *flags)
 
-    assert "tokenizer_config.json" in sft("--model", tmp_path / "nowhere")
+    assert "no such directory" in sft("--model", tmp_path / "nowhere")
     assert "--model is needed" in sft()
     assert "--model is needed" in refused(capsys, evaluation.main, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists(), "a refused run must not leave a folder behind"
