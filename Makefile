@@ -13,6 +13,7 @@ test: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("minitau needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -c 'import ensurepip' || { echo "python's venv is missing; on Debian: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

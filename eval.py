@@ -3,7 +3,7 @@
     python eval.py --model MODEL --out RUN                         a trained policy
     python eval.py --agent gold --env tau2 --domains retail --out RUN   a script: gold, refuse, transfer
 
-Every finished episode is a line in RUN/episodes.jsonl at once, so that an interrupted evaluation
+Every finished episode is a line in RUN/episodes-0.jsonl (a file a rank) at once, so that an interrupted evaluation
 goes on with --resume; RUN/results.json has a row a domain and one for all.
 """
 
@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from minitau import checkpoint, config, parallel, rollout
-from minitau.chat import load_chat
 from minitau.engines import open_engine
 from minitau.envs import open_world
 from minitau.episode import BadInput, EnvError, Stop, Task, Trajectory, World
 from minitau.estimators import bootstrap_interval, mean_over_tasks, pass_at_k, pass_hat_k
 from minitau.log import open_to_append, progress_bar, run_script, whole_lines
 from minitau.report import table
+from minitau.run import claim_run_dir, open_chat
 
 TOO_MANY_ERRORS = 0.05  # share of broken episodes above which a score should not be trusted
 
@@ -39,10 +39,9 @@ def evaluate(cfg: config.Evaluation) -> list[dict[str, Any]]:
     jobs = rollout.group_jobs(tasks, cfg.num_trials)
     policy = open_policy(cfg) if cfg.agent == "policy" else None
     folder = Path(cfg.out)
-    if parallel.is_main():
-        config.claim_run_dir(cfg.out, cfg.resume, {"script": "eval.py", **dataclasses.asdict(cfg)})
-    parallel.barrier()
+    claim_run_dir(cfg.out, cfg.resume, {"script": "eval.py", **dataclasses.asdict(cfg)})
     done = {key for key, trajectory in finished(folder).items() if not trajectory.stop.ours}
+    done = parallel.from_main(done)  # the others may see what the first rank already appends
     missing = [(task, sample) for task, sample in jobs if (task.key, sample) not in done]
     start = time.perf_counter()
     # Each rank appends to a file of its own, so that no two processes write into one line.
@@ -69,9 +68,9 @@ def evaluate(cfg: config.Evaluation) -> list[dict[str, Any]]:
 def open_policy(cfg: config.Evaluation) -> tuple[Any, Any]:
     if not cfg.model:
         raise BadInput("--model is needed to evaluate a policy; --agent gold, refuse or transfer needs none")
-    checkpoint.read_config(cfg.model)  # a wrong directory is told before anything slow
-    chat = load_chat(cfg.model, cfg.dialect)
+    chat = open_chat(cfg.model, cfg.dialect)
     model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype))
+    chat.check_vocabulary(model.cfg.vocab_size)
     return model.requires_grad_(False), chat
 
 
@@ -99,7 +98,10 @@ def finished(folder: Path) -> dict[tuple[str, int], Trajectory]:
     One that broke on our side is played again by a resumed evaluation; then its second line counts.
     """
     lines = [line for path in sorted(folder.glob("episodes-*.jsonl")) for line in whole_lines(path)]
-    episodes = [Trajectory.from_json(json.loads(line)) for line in lines]
+    try:
+        episodes = [Trajectory.from_json(json.loads(line)) for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{folder}: an episode on disk cannot be read ({error}); choose another --out") from None
     broken_first = sorted(episodes, key=lambda t: not t.stop.ours)
     return {(t.task.key, t.sample): t for t in broken_first}
 

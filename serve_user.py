@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from minitau import checkpoint, config, parallel
-from minitau.chat import Chat, load_chat
+from minitau.chat import Chat
 from minitau.engines import open_engine
 from minitau.episode import Action, BadInput, Engine, EngineError, Opening, Sampling
 from minitau.log import run_script
+from minitau.run import open_chat
 from minitau.sft import read_message
 
 HOST = "127.0.0.1"
@@ -136,13 +137,13 @@ def main(argv: list[str]) -> None:
     cfg = config.parse(config.Server, "serve_user.py", "Serve a user simulator over HTTP.", argv)
     if not cfg.model:
         raise BadInput("--model is needed")
-    checkpoint.read_config(cfg.model)  # a wrong directory is told before anything slow
-    chat = load_chat(cfg.model, "native")
+    chat = open_chat(cfg.model, "native")
     model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype)).requires_grad_(False)
+    chat.check_vocabulary(model.cfg.vocab_size)
     try:
         server = make_server(cfg, chat, open_engine(cfg, model, chat.stop_ids))
-    except OSError as error:
-        raise BadInput(f"port {cfg.port}: {error.strerror}; choose another --port") from None
+    except (OSError, OverflowError) as error:
+        raise BadInput(f"port {cfg.port}: {error}; choose another --port") from None
     print(f"serving {cfg.model}; give train.py and eval.py", flush=True)
     print(f"  --user-model openai/{NAME} --user-api-base http://{HOST}:{server.server_port}/v1", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # the way to end it

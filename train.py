@@ -25,9 +25,20 @@ from minitau.curriculum import Curriculum
 from minitau.engines import open_engine
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory, World
-from minitau.log import Clock, progress_bar, run_script, write_jsonl
+from minitau.log import Clock, file_sha256, progress_bar, run_script, write_jsonl
 from minitau.model import Qwen3, packed_attention
-from minitau.run import Run, export, micro_batches, open_reference, open_run, save, save_trajectories, say, update
+from minitau.run import (
+    Run,
+    export,
+    micro_batches,
+    open_chat,
+    open_reference,
+    open_run,
+    save,
+    save_trajectories,
+    say,
+    update,
+)
 
 Group = tuple[list[Trajectory], list[float]]  # the attempts at one task, and their shaped rewards
 
@@ -36,9 +47,9 @@ Group = tuple[list[Trajectory], list[float]]  # the attempts at one task, and th
 
 def train_sft(cfg: config.SFT) -> None:
     """Supervised fine-tuning: conversations from a file, cross-entropy on what the agent said."""
-    conversations = sft.read_conversations(cfg.data)
-    run = open_run("sft", cfg)
-    trajectories = [sft.to_trajectory(c, run.chat) for c in conversations]
+    chat = open_chat(cfg.model, cfg.dialect)
+    trajectories = sft.read_trajectories(cfg.data, chat)  # before the folder is claimed: they may be malformed
+    run = open_run("sft", cfg, data_sha256=file_sha256(cfg.data))
     short = [t for t in trajectories if len(t.ids) <= min(cfg.max_tokens, cfg.micro_batch_tokens)]
     say(f"{len(short)} of {len(trajectories)} conversations fit in {cfg.max_tokens} tokens")
     fit(run, cfg, short)
@@ -78,6 +89,7 @@ def train_grpo(cfg: config.GRPO) -> None:
     for step in range(run.step + 1, cfg.steps + 1):
         with clock.phase("rollout"):
             groups, played, drawn = draw_groups(cfg, step, curriculum, stage)
+        rollout.require_verdicts(played)
         chunks = [weigh(cfg, part) for part in split(groups, cfg.updates_per_step)]
         updates = [micro_batches(cfg, chunk) for chunk in chunks if chunk]
         with clock.phase("logprobs"):
@@ -142,7 +154,9 @@ def draw_groups(
         if sum(teaches) >= cfg.tasks_per_step or len(groups) == len(curriculum.tasks):
             break
     best = sorted(range(len(groups)), key=lambda i: not teaches[i])[: cfg.tasks_per_step]
-    share = {"groups": len(groups), "zero_variance_share": 1 - sum(teaches) / len(groups), "rounds": number + 1}
+    graded = sum(any(not t.stop.ours for t in group) for group, _ in groups)
+    flat = 1 - sum(teaches) / max(1, graded)
+    share = {"groups": len(groups), "zero_variance_share": flat, "rounds": number + 1}
     return [groups[i] for i in sorted(best)], [t for group, _ in groups for t in group], share
 
 
@@ -256,6 +270,7 @@ def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Seq
             with clock.phase("rollout"):
                 jobs = rollout.group_jobs(tasks, cfg.samples)
                 played = rollout.collect(jobs, stage, seed=f"{cfg.seed}:rft:{number}", label=f"round {number}")
+            rollout.require_verdicts(played)
             run.log.write({"step": number, **rollout.summary(played), **clock.report()}, ("reward", "partial"))
             if parallel.is_main():
                 path.parent.mkdir(exist_ok=True)

@@ -87,6 +87,13 @@ class Chat:
             if SENTINEL not in self.delta_text([Message(role, SENTINEL)]):
                 raise ChatError(f"the chat template drops {role} messages")
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raise ChatError if the tokenizer has ids that a model of `size` tokens does not."""
+        if len(self.tokenizer) > size:
+            raise ChatError(
+                f"the tokenizer has {len(self.tokenizer)} tokens, the model {size}; they do not belong together"
+            )
+
     # -- rendering: what the agent hears ----------------------------------------------------------
 
     def open(self, opening: Opening) -> list[int]:

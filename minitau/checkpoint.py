@@ -13,7 +13,10 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,8 @@ def read_config(model_dir: str | Path) -> ModelConfig:
         raise CheckpointError(f"{path}: model_type is {found!r}; minitau runs dense Qwen3 (qwen3) only")
     # transformers 5 moved rope_theta into rope_parameters; hub checkpoints have it at the top.
     rope = row.get("rope_parameters") or row.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{path}: rope_parameters is not an object")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise CheckpointError(f"{path}: RoPE scaling ({rope}) is not supported; remove it from config.json")
     if row.get("use_sliding_window") or row.get("attention_bias"):
@@ -68,9 +73,9 @@ def read_config(model_dir: str | Path) -> ModelConfig:
     row.setdefault("rope_theta", rope.get("rope_theta"))
     row.setdefault("tie_word_embeddings", False)
     names = [field.name for field in dataclasses.fields(ModelConfig)]
-    missing = [name for name in names if row.get(name) is None]
+    missing = [name for name in names if not isinstance(row.get(name), (int, float))]
     if missing:
-        raise CheckpointError(f"{path}: {', '.join(missing)} missing")
+        raise CheckpointError(f"{path}: {', '.join(missing)} missing or not a number")
     return ModelConfig(**{name: row[name] for name in names})
 
 
@@ -223,14 +228,15 @@ def save(
             shutil.rmtree(leftover, ignore_errors=True)
     parallel.barrier()
     problem = ""
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        parallel.save_state(scratch / "state", model, optimizer)
-        save_pretrained(scratch / "model", model.cfg, parallel.full_weights(model), dtype, tokenizer_dir)
-        if parallel.is_main():
-            write_json(scratch / "state.json", {"step": step, **state})
-    except OSError as error:
-        problem = str(error)
+    with uninterrupted():
+        try:
+            scratch.mkdir(parents=True, exist_ok=True)
+            parallel.save_state(scratch / "state", model, optimizer)
+            save_pretrained(scratch / "model", model.cfg, parallel.full_weights(model), dtype, tokenizer_dir)
+            if parallel.is_main():
+                write_json(scratch / "state.json", {"step": step, **state})
+        except OSError as error:
+            problem = str(error)
     if problems := [p for p in parallel.gather(problem) if p]:
         if parallel.is_main():
             shutil.rmtree(scratch, ignore_errors=True)
@@ -245,6 +251,23 @@ def save(
             shutil.rmtree(old, ignore_errors=True)
     parallel.barrier()
     return place
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let ctrl-C wait until the block is done: the writers below would take it for a failed disk."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = {number: signal.signal(number, lambda *_: caught.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        raise KeyboardInterrupt
 
 
 def all_checkpoints(run_dir: Path) -> list[Path]:

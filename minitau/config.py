@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import fcntl
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +134,7 @@ class Evaluation(Episodes):
     agent: str = setting("policy", "who plays", ("policy", "gold", "flawed", "refuse", "transfer"))
     model: str = setting("", "a Hugging Face directory of a dense Qwen3 (agent policy)")
     dtype: str = setting("float32", "of its weights", ("float32", "bfloat16"))
-    out: str = setting("", "folder for episodes.jsonl and results.json")
+    out: str = setting("", "folder for the episodes and results.json")
     resume: bool = setting(False, "keep the finished episodes in --out and play the rest")
     split: str = setting("test", "which tasks")
     tasks: int = setting(0, "tasks a domain; 0 is all")
@@ -268,7 +270,7 @@ POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
 
 NOT_NEGATIVE = (  # noqa: SIM905  (likewise)
     "lr weight_decay max_grad_norm warmup alpha clip_low clip_high entropy kl importance_cap sequence_low "
-    "sequence_high tasks patience temperature user_temperature"
+    "sequence_high min_partial tasks patience temperature user_temperature"
 ).split()
 
 
@@ -284,8 +286,15 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
     if values.get("group_size", 2) < 2:
         raise BadInput(f"--group-size is {values['group_size']}; a group needs at least 2 attempts to compare")
     for name in NOT_NEGATIVE:
-        if not values.get(name, 0) >= 0:
-            raise BadInput(f"--{name.replace('_', '-')} is {values[name]}; it must not be negative")
+        if not 0 <= values.get(name, 0) < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} is {values[name]}; it must be a number from 0 up")
+    for name in ("beta1", "beta2"):
+        if not 0 <= values.get(name, 0) < 1:
+            raise BadInput(f"--{name} is {values[name]}; it must be at least 0 and under 1")
+    if len(set(values.get("domains", ()))) < len(values.get("domains", ())):
+        raise BadInput(f"--domains {','.join(values['domains'])}: a domain is named twice")
+    if values.get("agent") == "flawed" and values["env"] == "tau2":
+        raise BadInput("--agent flawed: tau2 has gold, refuse and transfer")
     if isinstance(cfg, (RFT, GRPO)) and cfg.temperature <= 0:
         raise BadInput(f"--temperature is {cfg.temperature}; training samples need a temperature above 0")
     if isinstance(cfg, (RFT, GRPO)) and cfg.max_tokens > cfg.micro_batch_tokens:
@@ -295,7 +304,17 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
 
 
 # What a resumed run may change without becoming another run.
-FREE_ON_RESUME = {"resume", "save_every", "keep", "wandb", "tensorboard", "concurrency", "user_api_base"}
+FREE_ON_RESUME = {
+    "out",
+    "steps",
+    "resume",
+    "save_every",
+    "keep",
+    "wandb",
+    "tensorboard",
+    "concurrency",
+    "user_api_base",
+}
 
 
 def claim_run_dir(out: str, resume: bool, settings: dict[str, Any]) -> Path:
@@ -308,7 +327,7 @@ def claim_run_dir(out: str, resume: bool, settings: dict[str, Any]) -> Path:
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{out} is a file; --out must be a folder")
     if path.is_file():
-        before = json.loads(path.read_text())
+        before = read_settings(path)
         now = json.loads(json.dumps(settings))
         changed = sorted(k for k in before | now if k not in FREE_ON_RESUME and before.get(k) != now.get(k))
         if changed:
@@ -320,9 +339,34 @@ def claim_run_dir(out: str, resume: bool, settings: dict[str, Any]) -> Path:
         raise BadInput(f"{out} is not empty and holds no run of minitau; choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
         scratch = path.with_suffix(".tmp")
         scratch.write_text(json.dumps(settings, indent=1))
         scratch.replace(path)
+    except BlockingIOError:
+        raise BadInput(f"another process is at work in {out}; wait for it, or choose another --out") from None
     except OSError as error:
         raise BadInput(f"{out} cannot be written ({error.strerror}); choose another --out") from None
     return folder
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that a run recorded. Raises BadInput if the file is not that."""
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict) or not {"stage", "script"} & settings.keys():
+        raise BadInput(f"{path} is not a run's of minitau; choose another --out")
+    return settings
+
+
+LOCKS: dict[Path, Any] = {}  # held until the process ends, however it ends
+
+
+def lock(folder: Path) -> None:
+    """Keep other processes out of a run's folder. Raises BlockingIOError if one is there."""
+    if folder.resolve() not in LOCKS:
+        file = open(folder / ".lock", "w")  # noqa: SIM115  (closing it would give the lock away)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKS[folder.resolve()] = file

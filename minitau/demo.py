@@ -6,6 +6,7 @@ Every step goes on where it was, so that the demo itself can be interrupted and 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -88,21 +89,25 @@ def pipeline(cfg: Demo) -> list[dict[str, Any]]:
     return rows + evaluate(cfg, "grpo", "--model", str(model))
 
 
-def claim(out: Path, resume: bool) -> None:
+def claim(cfg: Demo, out: Path) -> None:
     """Make the demo's folder. One that holds something else is neither used nor, above all, removed."""
-    if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
+    marker = out / MARKER
+    if out.exists() and any(out.iterdir()) and not marker.is_file():
         raise BadInput(f"{out} is not empty and holds no demo; choose another --out")
-    if not resume:
+    if not cfg.resume:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).touch()
+    settings = json.dumps({**dataclasses.asdict(cfg), "out": "", "resume": True})
+    if marker.is_file() and marker.read_text() != settings:
+        raise BadInput(f"{out} holds a demo with other settings; --no-resume starts over, or choose another --out")
+    marker.write_text(settings)
 
 
 def main(argv: list[str]) -> None:
     start = time.perf_counter()
     cfg = config.parse(Demo, "make demo", "base, SFT, RFT and GRPO on one CPU.", argv)
     out = Path(cfg.out).resolve()
-    claim(out, cfg.resume)
+    claim(cfg, out)
     rows = pipeline(cfg)
     checkpoint.write_json(out / "results.json", rows)
     stages = ("sft", "rft", "grpo")

@@ -39,7 +39,7 @@ def bootstrap_interval(tallies: Sequence[tuple[int, int]], *, draws: int = 10_00
     has rate 0, or every task 1, resampling shows no spread at all, and the exact binomial bound of as
     many tasks stands in (Clopper & Pearson 1934).
     """
-    rates = np.array([c / n for n, c in tallies if n])
+    rates = np.sort([c / n for n, c in tallies if n])  # in whatever order the tasks were finished
     if not len(rates):
         return [0.0, 1.0]
     if rates.max() == 0.0 or rates.min() == 1.0:

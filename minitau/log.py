@@ -5,8 +5,12 @@ Also the clock that says where a step's seconds went. It knows numbers and names
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -54,8 +58,10 @@ def run_script(name: str, body: Callable[[list[str]], None], argv: list[str]) ->
     """Run a script's `body` on its flags; its exit status.
 
     What a user can mend is one line on stderr, clear of any progress bar that still stands there: 2
-    for bad input, 1 for what the system refused or the world broke, 130 for ctrl-C.
+    for bad input, 1 for what the system refused or the world broke, 130 for ctrl-C and SIGTERM.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         body(argv)
     except BadInput as error:
@@ -63,10 +69,15 @@ def run_script(name: str, body: Callable[[list[str]], None], argv: list[str]) ->
     except (OSError, EpisodeError) as error:
         status, line = 1, str(error)
     except KeyboardInterrupt:
-        status, line = 130, "interrupted; the same command goes on where it was (train.py, eval.py: with --resume)"
+        status, line = 130, "interrupted; with --resume the same command of train.py or eval.py goes on where it was"
     else:
         return 0
     tqdm.write(f"{name}: {' '.join(line.split())}", file=sys.stderr)
+    if status == 130 and threading.active_count() > 1:
+        # Episodes still run in their threads; an orderly exit would pull the interpreter from under them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     return status
 
 
@@ -139,6 +150,12 @@ def open_to_append(path: Path) -> TextIO:
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (the caller closes it)
     file.truncate(len(kept.encode("utf-8")))
     return file
+
+
+def file_sha256(path: str | Path) -> str:
+    """What a file holds, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

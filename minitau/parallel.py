@@ -166,17 +166,6 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy whole tensors, given on every rank, into the (sharded) parameters."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            whole = weights[name].to(parameter.device, parameter.dtype)
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                whole = DTensor.from_local(whole, mesh, run_check=False).redistribute(mesh, placements)
-            parameter.copy_(whole)
-
-
 def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write fp32 weights and optimizer state, each rank its shards. Raises OSError if it cannot."""
     fresh = not optimizer.state

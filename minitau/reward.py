@@ -5,7 +5,7 @@ The grader's reward itself is never changed; what is made here is another number
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from minitau.episode import Evaluation
 
@@ -40,7 +40,9 @@ def shape(
     alpha: float,
     scale: float = 1.0,
 ) -> list[float]:
-    """The rewards of one group as GRPO compares them: scale * (reward + alpha * partial credit).
+    """The rewards of one group as GRPO compares them: reward + alpha * scale * partial credit.
+
+    `scale` is the domain's: partial credit means more in some than in others.
 
     none: the reward alone. additive: partial credit everywhere, also where every sample failed;
     normalised, those groups then push as hard as any. gated: partial credit only ranks samples
@@ -57,7 +59,7 @@ def shape(
         case _:
             raise ValueError(f"unknown shaping {shaping!r}; choose from {', '.join(SHAPINGS)}")
     credit = alpha if use_partial else 0.0
-    return [scale * (reward + credit * part) for reward, part in zip(rewards, partials)]
+    return [reward + credit * scale * part for reward, part in zip(rewards, partials)]
 
 
 def differs(shaped: Sequence[float], counted: Sequence[bool]) -> bool:
@@ -65,5 +67,5 @@ def differs(shaped: Sequence[float], counted: Sequence[bool]) -> bool:
     return len({value for value, counts in zip(shaped, counted) if counts}) > 1
 
 
-def domain_scale(domain: str, scales: Mapping[str, float] = DOMAIN_SCALES) -> float:
-    return scales.get(domain, 1.0)
+def domain_scale(domain: str) -> float:
+    return DOMAIN_SCALES.get(domain, 1.0)

@@ -2,7 +2,7 @@
 
 `play` is the whole of agentic RL's data side in one loop: the engine speaks, the environment
 answers, and what was sampled is kept id for id. Engine, environment and chat are arguments; this
-file knows none of them by name, and no model or loss.
+file knows no environment and no engine by name, and no model or loss.
 """
 
 from __future__ import annotations
@@ -214,6 +214,14 @@ def training_tasks(world: World, domains: Sequence[str], n: int) -> list[Task]:
     """The first `n` training tasks (0: all), taken from the domains in turn, so that few are a fair sample."""
     in_turn = itertools.zip_longest(*(world.tasks(domain, "train") for domain in domains))
     return [task for row in in_turn for task in row if task is not None][: n or None]
+
+
+def require_verdicts(trajectories: Sequence[Trajectory]) -> None:
+    """Raise EpisodeError if most episodes broke on our side: nothing can be learned or said from the rest."""
+    broken = [t for t in trajectories if t.stop.ours]
+    if 2 * len(broken) > len(trajectories):
+        why = f"{broken[0].stop.value}: {broken[0].detail}"
+        raise EpisodeError(f"{len(broken)} of {len(trajectories)} episodes broke on our side; the first by {why}")
 
 
 def group_jobs(tasks: Sequence[Task], group_size: int) -> list[tuple[Task, int]]:

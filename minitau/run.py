@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minitau import batch, checkpoint, config, parallel
 from minitau.chat import Chat, load_chat
-from minitau.episode import Trajectory
+from minitau.episode import BadInput, Trajectory
 from minitau.log import MetricsLog, write_jsonl
 from minitau.model import Qwen3
 
@@ -35,15 +35,16 @@ class Run:
     state: dict | None = None  # what that checkpoint says
 
 
-def open_run(stage: str, cfg: config.Training) -> Run:
-    """Load model and tokenizer, claim the folder, shard, and restore the newest checkpoint if resuming."""
-    checkpoint.read_config(cfg.model)  # a wrong directory is told before anything slow
-    chat = load_chat(cfg.model, cfg.dialect)
+def open_run(stage: str, cfg: config.Training, **also: str) -> Run:
+    """Load model and tokenizer, claim the folder, shard, and restore the newest checkpoint if resuming.
+
+    `also`: what else makes the run what it is, recorded with its settings.
+    """
+    chat = open_chat(cfg.model, cfg.dialect)
     model = checkpoint.load_model(cfg.model, activation_checkpointing=cfg.activation_checkpointing)
     folder = Path(cfg.out)
-    if parallel.is_main():
-        config.claim_run_dir(cfg.out, cfg.resume, {"stage": stage, **dataclasses.asdict(cfg)})
-    parallel.barrier()
+    chat.check_vocabulary(model.cfg.vocab_size)
+    claim_run_dir(cfg.out, cfg.resume, {"stage": stage, **dataclasses.asdict(cfg), **also})
     model.to(parallel.device())
     parallel.shard(model, model.model.layers, getattr(torch, cfg.dtype))
     optimizer = adamw(model, cfg)
@@ -54,6 +55,24 @@ def open_run(stage: str, cfg: config.Training) -> Run:
     if cfg.resume:
         say(f"{cfg.out}: going on after step {logged}" if logged else f"{cfg.out}: nothing to resume, starting")
     return Run(folder, chat, model, optimizer, log, step, state)
+
+
+def open_chat(model_dir: str, dialect: str) -> Chat:
+    """The chat of a model's directory; one that holds no Qwen3 is refused before anything slow."""
+    checkpoint.read_config(model_dir)
+    return load_chat(model_dir, dialect)
+
+
+def claim_run_dir(out: str, resume: bool, settings: dict) -> None:
+    """config.claim_run_dir by the first rank; all ranks raise what it raises."""
+    problem = ""
+    if parallel.is_main():
+        try:
+            config.claim_run_dir(out, resume, settings)
+        except BadInput as error:
+            problem = str(error)
+    if problem := parallel.from_main(problem):
+        raise BadInput(problem)
 
 
 def open_reference(cfg: config.Training) -> Qwen3:

@@ -31,7 +31,7 @@ from minitau.episode import (
     Task,
     Trajectory,
 )
-from minitau.log import run_script, write_jsonl
+from minitau.log import progress_bar, run_script, write_jsonl
 from minitau.reward import partial
 
 RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
@@ -61,7 +61,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8-sig"))
                 json.dumps(row, ensure_ascii=False).encode()  # half a character (a lone surrogate) fails here
                 conversations.append(conversation(row, number))
             except (ValueError, TypeError, RecursionError) as error:
@@ -79,7 +79,7 @@ def conversation(row: Any, line: int) -> Conversation:
     """
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    rows = row.get("messages", row.get("prompt"))
+    rows = row.get("messages") or row.get("prompt")
     if not isinstance(rows, list) or not rows:
         raise ValueError("no list of messages under `messages` or `prompt`")
     messages = [message for each in rows for message in split_results(read_message(each))]
@@ -91,9 +91,14 @@ def conversation(row: Any, line: int) -> Conversation:
     if start is None:
         raise ValueError("the agent never answers: there is nothing to train on")
     tools = row.get("tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError("`tools` is not a list of schemas")
+    if not isinstance(tools, list) or not all(is_schema(tool) for tool in tools):
+        raise ValueError('`tools` is not a list of schemas {"type": "function", "function": {"name": ..., ...}}')
     return Conversation(Opening(policy, tuple(tools), tuple(messages[:start])), tuple(messages[start:]), line)
+
+
+def is_schema(tool: Any) -> bool:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def read_message(row: Any) -> Message:
@@ -129,8 +134,8 @@ def read_call(row: Any) -> Call:
 def to_trajectory(given: Conversation, chat: Chat) -> Trajectory:
     """The ids of a conversation as a rollout would have made them; `said` marks the agent's replies.
 
-    What comes after the agent's last reply is left out: nothing follows from it. Raises DataError if
-    the chat's dialect cannot say what a reply says.
+    What comes after the agent's last reply is left out: nothing follows from it. Raises ChatError if
+    the chat's template or dialect cannot say it.
     """
     trajectory = Trajectory(Task("file", "train", str(given.line)), 0)
     trajectory.messages = [*given.opening.messages, *given.messages]
@@ -142,13 +147,21 @@ def to_trajectory(given: Conversation, chat: Chat) -> Trajectory:
             continue
         if trajectory.turns:
             trajectory.hear(chat.extend(trajectory.ids, heard)[len(trajectory.ids) :])
-        try:
-            ids = chat.write(message)
-        except ChatError as error:
-            raise DataError(f"line {given.line}: {error}") from None
+        ids = chat.write(message)
         trajectory.say(Completion(tuple(ids), (0.0,) * len(ids), "stop", 0))
         heard = []
     return trajectory
+
+
+def read_trajectories(path: str | Path, chat: Chat) -> list[Trajectory]:
+    """All conversations of a JSONL file as trajectories. Raises DataError naming the first bad line."""
+    trajectories = []
+    for given in read_conversations(path):
+        try:
+            trajectories.append(to_trajectory(given, chat))
+        except ChatError as error:
+            raise DataError(f"{path}, line {given.line}: {error}") from None
+    return trajectories
 
 
 def to_row(demonstration: Demonstration) -> dict[str, Any]:
@@ -193,9 +206,16 @@ def main(argv: list[str]) -> None:
     cfg = config.parse(config.Demonstrations, "python -m minitau.sft", "Write demonstrations to train on.", argv)
     if not cfg.out:
         raise BadInput("--out is needed")
+    if Path(cfg.out).exists():
+        raise BadInput(f"{cfg.out} exists already; choose another --out")
     world = open_world(cfg)
     tasks = rollout.training_tasks(world, cfg.domains, cfg.tasks)
-    played = [world.demonstrate(task, cfg.agent, seed=f"{cfg.seed}:{task.key}") for task in tasks]
+    progress = progress_bar("demonstrating", len(tasks), "task")
+    played = []
+    for task in tasks:
+        played.append(world.demonstrate(task, cfg.agent, seed=f"{cfg.seed}:{task.key}"))
+        progress.update()
+    progress.close()
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(Path(cfg.out), map(to_row, played))
     paid = sum(d.evaluation.reward >= 1.0 for d in played)

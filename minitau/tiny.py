@@ -103,8 +103,10 @@ def make(cfg: Tiny, texts: Iterable[str]) -> Path:
     """Write the directory and return it."""
     if cfg.vocab < 300 or cfg.heads < 2 or cfg.heads % 2:
         raise BadInput(f"--vocab {cfg.vocab} --heads {cfg.heads}: at least 300 tokens and an even number of heads")
-    tokenizer = train_tokenizer(texts, cfg.vocab)
     folder = Path(cfg.out)
+    if (folder / "config.json").exists():
+        raise BadInput(f"{folder} holds a model already; choose another --out")
+    tokenizer = train_tokenizer(texts, cfg.vocab)
     tokenizer.save_pretrained(folder)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     checkpoint.write_json(folder / "generation_config.json", ends)

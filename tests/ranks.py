@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from conftest import SMALL, small_model, trajectory
+from torch.distributed.tensor import DTensor
 
 import train
 from minitau import batch, checkpoint, config, grpo, parallel
@@ -47,6 +48,17 @@ def batches_of(samples: list[batch.Sample]) -> list[batch.MicroBatch]:
         world_size=parallel.world_size(),
         device=parallel.device(),
     )
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Copy whole tensors, given on every rank, into the (sharded) parameters."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            whole = weights[name].to(parameter.device, parameter.dtype)
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                whole = DTensor.from_local(whole, mesh, run_check=False).redistribute(mesh, placements)
+            parameter.copy_(whole)
 
 
 def new_run(
@@ -172,7 +184,7 @@ def main(folder: Path) -> None:
     # Whole tensors into shards and out again, bit for bit; also under bf16, where the shards stay fp32 ...
     other = dict(small_model(5).named_parameters())
     run = new_run(dtype=torch.bfloat16)
-    parallel.load_weights(run.model, other)
+    load_weights(run.model, other)
     found["load_weights"] = weights_of(run.model)
     mbs = [train.score(reference, mb, CFG, "reference_N") for mb in batches_of(samples_of())]
     cfg = dataclasses.replace(CFG, dtype="bfloat16")

@@ -171,7 +171,7 @@ def test_whole_weights_in_and_out(two):
     for found in both:
         assert_same(found["load_weights"], expected)
     run = ranks.new_run()
-    parallel.load_weights(run.model, expected)
+    ranks.load_weights(run.model, expected)
     assert_same(ranks.weights_of(run.model), expected)
 
 

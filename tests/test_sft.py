@@ -226,15 +226,16 @@ def test_the_script_writes_what_training_reads(tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["task"].split("/")[0] for row in rows[:3]] == ["desk", "claims", "locker"]
     assert all(row["reward"] == 1.0 for row in rows)
-    before = path.read_bytes()
-    assert (
-        run_script("minitau.sft", sft.main, sys.argv[1:]) == 0 and path.read_bytes() == before
-    )  # the same seed writes the same bytes
+    again = path.with_name("again.jsonl")
+    assert run_script("minitau.sft", sft.main, ["--agent", "gold", "--tasks", "7", "--out", str(again)]) == 0
+    assert again.read_bytes() == path.read_bytes()  # the same seed writes the same bytes
+    assert run_script("minitau.sft", sft.main, sys.argv[1:]) == 2  # and writes over nothing
     monkeypatch.setattr("sys.argv", ["sft", "--agent", "gold", "--domains", "moon", "--out", str(path)])
     assert run_script("minitau.sft", sft.main, sys.argv[1:]) == 2
     monkeypatch.setattr("sys.argv", ["sft", "--agent", "gold"])
     assert run_script("minitau.sft", sft.main, sys.argv[1:]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+    lines = [line for line in capsys.readouterr().err.split("\n") if "minitau.sft: " in line]
+    assert len(lines) == 3
 
 
 def test_rows_are_written_whole_or_not_at_all(tmp_path):
