@@ -6,8 +6,10 @@ minutes); one case goes through a real shell command.
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import pytest
 import eval as evaluation
 import serve_user
 import train
-from minitau.log import run_script
+from minitau.log import run_script, whole_lines
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,6 +148,25 @@ def test_no_disk_space_at_a_checkpoint(tmp_path, tiny_dir, data):
     assert "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
     assert run_script("train", train.main, [*flags.split(), "--resume"]) == 0, "with space again, the run goes on"
+
+
+def test_ctrl_c_in_a_rollout_and_a_second_process(tmp_path, tiny_dir):
+    """An orderly end in the middle of episodes, and until then nobody else gets into the folder."""
+    flags = f"--stage grpo --model {tiny_dir} --out {tmp_path / 'run'} --max-new-tokens 100 --resume".split()
+    command = [sys.executable, "train.py", *flags]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.time() + 120
+        while not whole_lines(tmp_path / "run" / "metrics.jsonl") and time.time() < deadline:
+            assert first.poll() is None
+            time.sleep(0.05)
+        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert second.returncode == 2 and "another process is at work" in second.stderr, second.stderr
+        first.send_signal(signal.SIGINT)
+        _, err = first.communicate(timeout=60)
+    finally:
+        first.kill()
+    assert first.returncode == 130 and "interrupted" in err and "Traceback" not in err, err[-2000:]
 
 
 def test_tau2_that_is_not_there(tmp_path, tiny_dir):

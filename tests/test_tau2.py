@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from minitau import sft, tiny
 from minitau.envs.tau2 import Tau2, Tau2Error
 from minitau.episode import Action, Call, Message, Stop, Task, UserError
 
@@ -453,3 +454,48 @@ def test_a_silent_endpoint_is_an_error(world):
 def test_a_customer_that_leaves_at_once_is_an_error(play):
     with pytest.raises(UserError, match="before the agent spoke"):
         play(MOCK, "###STOP###")
+
+
+# --- the whole pipeline ---
+
+
+def test_two_grpo_steps_on_real_tasks(world, tmp_path):
+    """The commands themselves: a tiny agent, a tiny customer behind HTTP, real tasks, the official grader.
+
+    The agent scores 0. Every episode must still end with a typed stop, and be trained on.
+    """
+    base, out = tmp_path / "base", tmp_path / "run"
+    cfg = tiny.Tiny(out=str(base), env="tau2", domains=("retail", "telecom"), vocab=3000, layers=1, hidden=64, heads=2)
+    texts = (json.dumps(sft.to_row(world.demonstrate(world.tasks(d, "train")[1], "gold", "s"))) for d in cfg.domains)
+    tiny.make(cfg, texts)
+    server = subprocess.Popen(
+        [sys.executable, "serve_user.py", "--model", str(base), "--port", "0", "--max-new-tokens", "16"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        server.stdout.readline()
+        customer = server.stdout.readline().split()
+        flags = (
+            f"--stage grpo --env tau2 --model {base} --out {out} --domains retail,airline,telecom --no-screen "
+            "--steps 2 --tasks 3 --tasks-per-step 3 --group-size 2 --max-rounds 1 --max-new-tokens 16 --max-turns 3 --lr 1e-3"
+        )
+        done = subprocess.run(
+            [sys.executable, "train.py", *flags.split(), *customer], cwd=ROOT, capture_output=True, text=True
+        )
+    finally:
+        server.kill()
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert sum(line["stops"].values()) == line["episodes"] == 6 and line["drift"] < 1e-4
+        assert set(line["reward_by_domain"]) == {"retail", "airline", "telecom"}
+    assert lines[1]["weight_versions"] == [1]
+
+    # The same run without a customer ends at once, and says why.
+    flags = flags.replace(str(out), str(tmp_path / "dead"))
+    nobody = ("--user-model", "openai/nobody", "--user-api-base", "http://127.0.0.1:9/v1")
+    command = [sys.executable, "train.py", *flags.split(), *nobody]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "broke on our side; the first by user_error" in done.stderr
