@@ -221,7 +221,8 @@ def require_verdicts(trajectories: Sequence[Trajectory]) -> None:
     broken = [t for t in trajectories if t.stop.ours]
     if 2 * len(broken) > len(trajectories):
         why = f"{broken[0].stop.value}: {broken[0].detail}"
-        raise EpisodeError(f"{len(broken)} of {len(trajectories)} episodes broke on our side; the first by {why}")
+        count = f"{len(broken)} of {len(trajectories)} episodes"
+        raise EpisodeError(f"{count} broke on our side; the first by {why}; mend that and go on with --resume")
 
 
 def group_jobs(tasks: Sequence[Task], group_size: int) -> list[tuple[Task, int]]:

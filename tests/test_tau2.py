@@ -477,7 +477,8 @@ def test_two_grpo_steps_on_real_tasks(world, tmp_path):
         customer = server.stdout.readline().split()
         flags = (
             f"--stage grpo --env tau2 --model {base} --out {out} --domains retail,airline,telecom --no-screen "
-            "--steps 2 --tasks 3 --tasks-per-step 3 --group-size 2 --max-rounds 1 --max-new-tokens 16 --max-turns 3 --lr 1e-3"
+            "--steps 2 --tasks 3 --tasks-per-step 3 --group-size 2 --max-rounds 1 --max-new-tokens 16 --max-turns 3 "
+            "--lr 1e-3"
         )
         done = subprocess.run(
             [sys.executable, "train.py", *flags.split(), *customer], cwd=ROOT, capture_output=True, text=True
