@@ -344,4 +344,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script("train.py", main, sys.argv[1:]))
+    sys.exit(run_script("train.py", main, sys.argv[1:], resume="the same command with --resume goes on"))

@@ -118,4 +118,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script("make demo", main, sys.argv[1:]))
+    sys.exit(run_script("make demo", main, sys.argv[1:], resume="the same command goes on where it was"))

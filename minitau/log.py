@@ -54,8 +54,8 @@ def progress_bar(
     return tqdm(desc=what, total=total, unit=unit, initial=done, leave=leave, disable=not shown, mininterval=every)
 
 
-def run_script(name: str, body: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Run a script's `body` on its flags; its exit status.
+def run_script(name: str, body: Callable[[list[str]], None], argv: list[str], *, resume: str = "") -> int:
+    """Run a script's `body` on its flags; its exit status. `resume`: how an interrupted one goes on.
 
     What a user can mend is one line on stderr, clear of any progress bar that still stands there: 2
     for bad input, 1 for what the system refused or the world broke, 130 for ctrl-C and SIGTERM.
@@ -69,7 +69,7 @@ def run_script(name: str, body: Callable[[list[str]], None], argv: list[str]) ->
     except (OSError, EpisodeError) as error:
         status, line = 1, str(error)
     except KeyboardInterrupt:
-        status, line = 130, "interrupted; with --resume the same command of train.py or eval.py goes on where it was"
+        status, line = 130, f"interrupted; {resume}" if resume else "interrupted"
     else:
         return 0
     tqdm.write(f"{name}: {' '.join(line.split())}", file=sys.stderr)
