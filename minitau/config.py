@@ -335,7 +335,8 @@ def claim_run_dir(out: str, resume: bool, settings: dict[str, Any]) -> Path:
             raise BadInput(f"{out} holds another run: {what}; choose another --out or repeat its settings")
         if not resume:
             raise BadInput(f"{out} holds this run already; add --resume to go on, or choose another --out")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and {entry.name for entry in folder.iterdir()} - {".lock", "config.tmp"}:
+        # (Those two are all that a run leaves which was killed while it claimed the folder.)
         raise BadInput(f"{out} is not empty and holds no run of minitau; choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -41,13 +41,7 @@ def samples_of(first: int = 0, n: int = 7) -> list[batch.Sample]:
 
 
 def batches_of(samples: list[batch.Sample]) -> list[batch.MicroBatch]:
-    return batch.micro_batches(
-        samples,
-        budget=CFG.micro_batch_tokens,
-        rank=parallel.rank(),
-        world_size=parallel.world_size(),
-        device=parallel.device(),
-    )
+    return runs.micro_batches(CFG, samples)
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:

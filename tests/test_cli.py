@@ -125,6 +125,15 @@ def test_an_output_folder_that_holds_another_run(capsys, tmp_path, tiny_dir, dat
     assert "is a file" in refused(capsys, train.main, *flags[:7], stranger / "cat.jpg")
 
 
+def test_a_run_killed_while_it_claimed_its_folder_goes_on(tmp_path, tiny_dir, data):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".lock").touch()
+    (out / "config.tmp").write_text('{"stage"')
+    flags = f"--stage sft --model {tiny_dir} --data {data} --out {out} --epochs 1 --resume"
+    assert run_script("train.py", train.main, flags.split()) == 0 and (out / "model").is_dir()
+
+
 def test_no_disk_space_at_a_checkpoint(tmp_path, tiny_dir, data):
     """A limit on file sizes stands in for a full disk: the system refuses the write all the same."""
     flags = f"--stage sft --model {tiny_dir} --data {data} --out {tmp_path / 'run'} --batch-size 1 --save-every 1"
