@@ -1,8 +1,8 @@
 """Make a tiny Qwen3 with a tokenizer of its own: random weights, a real checkpoint otherwise.
 
-The tokenizer is byte-level BPE trained on a world's own text. A word, a number, a space and a
-punctuation mark never share a token, so that a word is the same token wherever it stands. The
-directory loads like any Qwen3: here, in transformers, in SGLang.
+The tokenizer is byte-level BPE trained on a world's own text. Only a word in small letters may take
+the space before it into its token: a number and a capitalised word (an id, a name, a day) are the
+same token wherever they stand. The directory loads like any Qwen3: here, in transformers, in SGLang.
 
 `python -m minitau.tiny --out DIR` makes one for courier; `--env tau2` one for tau2-bench.
 """
@@ -24,19 +24,19 @@ from minitau.episode import BadInput
 from minitau.log import run_script
 from minitau.model import ModelConfig, Qwen3, init_weights
 
-# Letters with digits behind them stay together: an id such as P37 is one word.
-WORDS = r"[A-Za-z]+[0-9]*|[0-9]+|\s|[^A-Za-z0-9\s]"
+# Where a token must end. Punctuation keeps together across a space, as JSON writes it (`": "`).
+WORDS = r" ?[a-z]+|[A-Z][A-Za-z]*|[0-9]{1,3}|[^A-Za-z0-9\s]+(?: [^A-Za-z0-9\s]+)*(?: (?=[A-Z0-9]))?|\s"
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKS = ("<tool_call>", "</tool_call>")  # tokens, but text like any other
-# ChatML with one line a tool: a schema's full JSON would be most of a tiny model's context.
+# ChatML with one line a tool, `name(argument, argument)`: schemas or descriptions would be most of a
+# tiny model's context, and it learns what a tool does from the policy and from conversations.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{ "<|im_start|>" + message.role + "\\n" + message.content }}
 {%- if loop.first and tools -%}
-{{ "\\n\\nTools:" }}
 {%- for tool in tools -%}
 {%- set f = tool.function -%}
-{{ "\\n" + f.name + "(" + f.parameters.properties | join(", ") + "): " + f.description }}
+{{ "\\n" + f.name + "(" + f.parameters.properties | join(", ") + ")" }}
 {%- endfor -%}
 {%- endif -%}
 {{ "<|im_end|>\\n" }}

@@ -101,13 +101,13 @@ def says(text, *calls):
     return Message("assistant", text, calls)
 
 
-OPENING = Opening("Be kind.", TOOLS, (says("Hello, how can I help?"), user("Hi, please hold P12.")))
-LOOK = Call("get_parcel", {"parcel": "P12"})
+OPENING = Opening("Be kind.", TOOLS, (says("Hello, how can I help?"), user("Hi, please hold 787.")))
+LOOK = Call("look", {"parcel": "787"})
 TALK = [  # what the agent says, and what it hears then
-    (says("Your phone and PIN, please?"), [user("My phone is 701,\n\nmy PIN is 302. ünï ☃ 😀")]),
-    (says("", Call("verify", {"phone": "701", "pin": "302"})), [tool('{"name":"Ada"}')]),
-    (says("I look it up.", LOOK, Call("hold", {"parcel": "P12"})), [tool("Error: no"), tool('{"receipt":"R10"}')]),
-    (says("Done, receipt R10."), [user("Thanks."), user("Wait, what?")]),
+    (says("Your phone and PIN, please?"), [user("My phone is 701,\n\nmy PIN is 762. ünï ☃ 😀")]),
+    (says("", Call("verify", {"phone": "701", "pin": "762"})), [tool('{"name":"Ada"}')]),
+    (says("I look it up.", LOOK, Call("hold", {"parcel": "787"})), [tool("Error: no"), tool('{"receipt":"832"}')]),
+    (says("Done, receipt 832."), [user("Thanks."), user("Wait, what?")]),
     (says("Bye."), []),
     (says("Still there?"), [tool("a"), user("b"), tool("c")]),
 ]
@@ -142,7 +142,7 @@ def test_an_opening_shows_policy_tools_and_first_words(chat):
     text = chat.decode(chat.open(OPENING))
     assert text.startswith("<|im_start|>system\nBe kind.")
     assert all(name in text for name in NAMES)
-    assert "hold P12.<|im_end|>\n<|im_start|>assistant\n" in text
+    assert "hold 787.<|im_end|>\n<|im_start|>assistant\n" in text
     assert chat.decode(chat.open(Opening("Be kind.", (), (user("Hi"),)))).count("<|im_start|>") == 3
 
 
@@ -244,7 +244,7 @@ def test_what_cannot_speak_is_refused_in_one_line(tiny_dir, tokenizer, tmp_path)
 
 # -- writing and parsing -----------------------------------------------------------------------------------
 
-ALPHABET = [*"abz019 .,:;!?'\"\\/{}[]()<>|=-_\n\t", "é", "ß", "中", "文", "😀", "\u2028", "\u0000", "\x7f", "Ω", "P12"]
+ALPHABET = [*"abz019 .,:;!?'\"\\/{}[]()<>|=-_\n\t", "é", "ß", "中", "文", "😀", "\u2028", "\u0000", "\x7f", "Ω", "787"]
 
 
 def some_text(rng, most=20):
@@ -301,7 +301,7 @@ def test_what_is_written_is_parsed_back_single_call(chats):
 @pytest.mark.parametrize("markup", ["</tool_call>", "<tool_call>", "<tool_call>{}</tool_call>", "</think>", "<think>"])
 def test_markup_inside_an_argument_is_only_text(chats, dialect, markup):
     chat = chats[dialect]
-    call = Call("set_address", {"parcel": "P12", "address": f"1 Elm {markup}"})
+    call = Call("send", {"parcel": "787", "address": f"1 Elm {markup}"})
     assert chat.parse(chat.write(says("", call)), TOOLS) == Action(calls=(call,))
 
 
@@ -326,12 +326,12 @@ def test_every_scripted_reply_is_parsed_back(chats):
         ("native", '<tool_call>{"name": "hold"', "not closed"),
         ("native", '{"name": "hold"}</tool_call>', "not opened"),
         ("native", "<tool_call></tool_call>", "not valid JSON"),
-        ("native", "<tool_call>hold(P12)</tool_call>", "not valid JSON"),
+        ("native", "<tool_call>hold(787)</tool_call>", "not valid JSON"),
         ("native", '<tool_call>{"name": "hold"} now</tool_call>', "closed"),
         ("native", '<tool_call>{"name": "hold"}</tool_call><tool_call>{"name": "hold"}', "not closed"),
         ("native", "<tool_call>[1]</tool_call>", '"name"'),
         ("native", '<tool_call>{"name": 5}</tool_call>', '"name"'),
-        ("native", '<tool_call>{"name": "hold", "arguments": "P12"}</tool_call>', "JSON object"),
+        ("native", '<tool_call>{"name": "hold", "arguments": "787"}</tool_call>', "JSON object"),
         ("native", '<tool_call>{"name": "hold", "arguments": null}</tool_call>', "JSON object"),
         ("native", '<tool_call>{"name": "fly", "arguments": {}}</tool_call>', "verify"),  # names what there is
         ("native", '<tool_call>{"name": "respond", "arguments": {"content": "x"}}</tool_call>', "respond"),
@@ -363,9 +363,9 @@ def test_a_cut_reply_is_an_error_even_if_it_could_be_parsed(chats):
 
 
 def test_words_around_calls_are_a_thought(chats):
-    chat, call = chats["native"], '<tool_call>{"name": "hold", "arguments": {"parcel": "P12"}}</tool_call>'
+    chat, call = chats["native"], '<tool_call>{"name": "hold", "arguments": {"parcel": "787"}}</tool_call>'
     action = chat.parse([*chat.encode(f"I look. {call}{call} Then I wait."), chat.eos_id], TOOLS)
-    assert action == Action(text="I look.  Then I wait.", calls=2 * (Call("hold", {"parcel": "P12"}),))
+    assert action == Action(text="I look.  Then I wait.", calls=2 * (Call("hold", {"parcel": "787"}),))
 
 
 def test_a_thought_is_not_said(chats):
@@ -409,8 +409,8 @@ HOSTILE = [
     '<tool_call>__import__("os").system("true")</tool_call>',
     "<tool_call>{'name': 'hold', 'arguments': {'parcel': exec('1/0')}}</tool_call>",
     '<tool_call>{"name": "__import__(\'os\').system", "arguments": {"x": "true"}}</tool_call>',
-    '<tool_call>{"name": "hold", "arguments": dict(parcel="P12")}</tool_call>',
-    "hold(parcel='P12')",
+    '<tool_call>{"name": "hold", "arguments": dict(parcel="787")}</tool_call>',
+    "hold(parcel='787')",
     '<tool_call>{"name": "hold", "arguments": {"parcel": ' + "9" * 5000 + "}}</tool_call>",
     '<tool_call>{"name": "hold", "arguments": {"parcel": ' + "[" * 3000 + "]" * 3000 + "}}</tool_call>",
     "<tool_call>" * 300,

@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import re
 from random import Random
 
 import pytest
 
+from minitau import sft, tiny
+from minitau.chat import Chat
 from minitau.envs.courier import Courier
 from minitau.envs.courier.agents import AGENTS
+from minitau.envs.courier.customer import SPOKEN, states
 from minitau.envs.courier.tasks import scenario
 from minitau.envs.courier.tools import ARGUMENTS, POLICY, TOOLS
-from minitau.envs.courier.words import ACTS, DAYS, DOMAINS, ID_WORDS, REASONS
-from minitau.envs.courier.world import BASIS, plain
+from minitau.envs.courier.words import ACTS, DAYS, DOMAINS, ID_WORDS, LOCKERS, PARCELS, PHONES, PINS, REASONS, RECEIPTS
+from minitau.envs.courier.world import BASIS
 from minitau.episode import Action, BadInput, Call, EnvError, Stop, Task
 
 WORLD = Courier()
@@ -57,6 +61,11 @@ def hold_task():
     return find("desk", lambda agenda, wish: wish.topic == "hold" and wish.verdict == "do")
 
 
+def plain_case(text):
+    """Its words, with their capitals."""
+    return re.findall(r"[A-Za-z0-9]+", text)
+
+
 def rate(domain, agent, seeds=("0",)):
     rewards = [
         WORLD.demonstrate(task, agent, seed).evaluation.reward
@@ -79,27 +88,28 @@ def test_gold_is_paid_on_every_task(domain):
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_doing_nothing_hardly_pays(domain):
-    assert rate(domain, "refuse") <= 0.15
-    assert 0 < rate(domain, "transfer") <= 0.15
+    assert rate(domain, "refuse") <= 0.05
+    assert 0 < rate(domain, "transfer") <= 0.12
 
 
 def test_flawed_leaves_headroom():
     rates = [rate(domain, "flawed", ("0", "1", "2")) for domain in DOMAINS]
-    assert 0.30 <= sum(rates) / 3 <= 0.45
+    assert 0.35 <= sum(rates) / 3 <= 0.42
     assert all(0.25 <= each <= 0.55 for each in rates)
 
 
-def test_gold_knows_only_what_it_was_told():
+@pytest.mark.parametrize("agent", ["gold", "flawed"])
+def test_a_script_knows_only_what_it_was_told(agent):
     """Every id that it says or sends stood in the conversation before."""
     for domain in DOMAINS:
         for task in WORLD.tasks(domain, "test"):
-            demo = WORLD.demonstrate(task, "gold", "0")
+            demo = WORLD.demonstrate(task, agent, "0")
             heard = demo.opening.policy + " ".join(message.content for message in demo.opening.messages)
             for message in demo.messages:
                 said = message.content + json.dumps([each.arguments for each in message.calls])
                 if message.role == "assistant":
-                    ids = [word for word in ID_WORDS if word in plain(said).upper().split()]
-                    assert all(word in heard for word in ids)
+                    ids = [word for word in ID_WORDS if word in plain_case(said)]
+                    assert all(word in plain_case(heard) for word in ids), (task, said)
                 heard += " " + message.content
 
 
@@ -109,8 +119,25 @@ def test_gold_is_short():
         for domain in DOMAINS
         for task in WORLD.tasks(domain, "test")
     ]
-    assert 5 <= sum(turns) / len(turns) <= 9
-    assert max(turns) <= 16
+    assert 5 <= sum(turns) / len(turns) <= 7
+    assert max(turns) <= 14
+
+
+def test_a_small_model_can_read_it():
+    """An id is one token, an opening about 200, and a conversation seldom more than twice that."""
+    texts = tiny.world_texts(tiny.Tiny())
+    chat = Chat(tiny.train_tokenizer(texts, vocab_size=2048))
+    assert all(
+        len(chat.encode(lead + word)) == len(chat.encode(lead)) + 1 for word in ID_WORDS for lead in ('": "', "(")
+    )
+    lengths = []
+    for domain in DOMAINS:
+        for task in WORLD.tasks(domain, "test"):
+            demo = WORLD.demonstrate(task, "gold", "0")
+            assert len(chat.open(demo.opening)) <= 230
+            row = json.loads(json.dumps(sft.to_row(demo)))
+            lengths.append(len(sft.to_trajectory(sft.conversation(row, 1), chat).ids))
+    assert sum(lengths) / len(lengths) <= 400
 
 
 def test_same_task_and_seed_give_the_same_episode():
@@ -141,7 +168,7 @@ def test_an_episode_leaves_its_scenario_alone():
 def test_the_right_way_is_paid_whoever_ends_it():
     task, agenda, wish = hold_task()
     ask, act = say(f"Shall I hold {wish.parcel} for you?"), do(wish.does[0])
-    actions = (login(agenda), call("get_parcel", parcel=wish.parcel), ask, act)
+    actions = (login(agenda), call("look", parcel=wish.parcel), ask, act)
     env, heard = play(task, *actions, say(f"Done, receipt {wish.say}."))
     assert heard.stop == Stop.USER_STOP
     assert env.evaluate(heard.stop).reward == 1.0
@@ -160,7 +187,7 @@ def test_each_omission_costs_the_reward(missing):
     task, agenda, wish = hold_task()
     steps = {
         "verify": login(agenda),
-        "look": call("get_parcel", parcel=wish.parcel),
+        "look": call("look", parcel=wish.parcel),
         "yes": say(f"Shall I hold {wish.parcel}?"),
         "act": do(wish.does[0]),
         "receipt": say(f"Done, receipt {wish.say}."),
@@ -184,8 +211,41 @@ def test_a_yes_holds_for_that_change_only():
     assert not vague.customer.agreed
     env, heard = play(task, login(agenda), right)
     assert heard.messages[0].content.startswith("Yes")
-    env.step(call("set_day", parcel=wish.parcel, day=other))
-    assert env.db["violations"] == ["set_day without a yes"]
+    env.step(call("move", parcel=wish.parcel, day=other))
+    assert env.db["violations"] == ["move without a yes"]
+
+
+def failed(env, stop=Stop.USER_STOP):
+    return {check.name for check in env.evaluate(stop).checks if check.kind == "db" and not check.passed}
+
+
+def test_the_checks_say_which_choice_was_wrong():
+    task, agenda, wish = hold_task()
+    ask, act = say(f"Shall I hold {wish.parcel}?"), do(wish.does[0])
+    receipt = say(f"Done, receipt {wish.say}.")
+    assert failed(play(task, login(agenda), ask, act, receipt)[0]) == set()
+    assert failed(play(task, ask, act, receipt)[0]) == {"verified first"}
+    assert failed(play(task, login(agenda), act, receipt)[0]) == {"confirmed first"}
+    assert failed(play(task, login(agenda), receipt)[0]) == {"database"}
+    assert failed(play(task, act)[0]) == {"verified first", "confirmed first"}
+
+
+def test_numbers_in_speech_are_told_apart():
+    refund = Call("refund", {"parcel": "787", "amount": 80})
+    for text in (
+        "Shall I refund 80 for 787?",
+        "I will refund $80.50, sorry, $80 for parcel #787. Yes?",
+        "May I pay 80 for P787 (7 days old, 3 Elm, receipt 832, phone 712)?",
+        "For 787: is a refund of 80 fine?",
+    ):
+        assert states(text, refund), text
+    for text in ("Shall I refund 787?", "Shall I refund 60 for 787?", "Shall I refund 80 for 788?", "80 for 787?"):
+        assert not states(text, refund), text
+    send = Call("send", {"parcel": "787", "address": "3 Elm"})
+    assert states("Shall I send parcel 787 to 3 Elm?", send)
+    assert not states("Shall I send parcel 787 to 4 Elm?", send)
+    assert states("Shall I move 787 from Monday to Friday?", Call("move", {"parcel": "787", "day": "Friday"}))
+    assert SPOKEN["parcel"].findall("712, 762, 787, 832, 862 and 1787") == ["787"]
 
 
 @pytest.mark.parametrize("domain", ["desk", "claims"])
@@ -241,7 +301,7 @@ def test_only_the_customer_moves_the_locker():
         agenda = scenario("locker", int(task.id)).agenda
         env, _ = play(task, login(agenda))
         before = list(env.display)
-        for name in ("get_parcel", *ACTS["locker"], "press", "open"):
+        for name in ("look", *ACTS["locker"], "press", "open"):
             env.step(call(name, parcel=agenda.wishes[0].parcel))
         assert env.display == before
 
@@ -294,7 +354,7 @@ JUNK = [
     1.5,
     float("nan"),
     "",
-    "P9",
+    "78",
     "\ud800",
     "é" * 99,
     [],
@@ -329,9 +389,9 @@ def test_arguments_are_checked():
         call("hold"),
         call("hold", parcel=parcel, day="Friday"),
         call("hold", parcel=7),
-        call("hold", parcel="P99"),
-        call("set_day", parcel=parcel, day="Sunday"),
-        call("set_address", parcel=parcel, address=""),
+        call("hold", parcel="899"),
+        call("move", parcel=parcel, day="Sunday"),
+        call("send", parcel=parcel, address=""),
         call("refund", parcel=parcel, amount=10),
         call("transfer", reason="none"),
     ):
@@ -343,7 +403,7 @@ def test_arguments_are_checked():
 
 def test_calls_in_one_action_run_in_order():
     task, agenda, wish = hold_task()
-    names = ("verify", "get_parcel", "transfer", "get_parcel")
+    names = ("verify", "look", "transfer", "look")
     arguments = (
         {"phone": agenda.phone, "pin": agenda.pins[0]},
         {"parcel": wish.parcel},
@@ -374,16 +434,26 @@ def test_unknown_names_are_named():
             WORLD.env().reset(task, "0")
 
 
-def test_everything_is_json_and_small():
+def test_ids_keep_to_their_range():
+    ids = PHONES + PINS + PARCELS + RECEIPTS + LOCKERS
+    assert set(ids) <= set(map(str, range(700, 900)))
     assert len(set(ID_WORDS)) == len(ID_WORDS)
     assert all(word.isalnum() for word in ID_WORDS)
     for domain in DOMAINS:
+        for task in WORLD.tasks(domain, "train"):
+            demo = WORLD.demonstrate(task, "gold", "0")
+            text = json.dumps([demo.opening.policy, [m.content for m in (*demo.opening.messages, *demo.messages)]])
+            assert all(int(number) < 700 or number in ids for number in re.findall(r"\d+", text))
+
+
+def test_everything_is_json_and_small():
+    for domain in DOMAINS:
         assert set(BASIS[domain]) <= {"communicate", "env", "db"}
-        assert len(POLICY[domain].split()) < 200
+        assert len(POLICY[domain].split()) < 120
         assert all(reason in POLICY[domain] for reason in REASONS[domain])
         for task in WORLD.tasks(domain, "test"):
             demo = WORLD.demonstrate(task, "gold", "0")
             json.dumps(dataclasses.asdict(demo))
             names = [tool["function"]["name"] for tool in demo.opening.tools]
-            assert names == ["verify", "get_parcel", *ACTS[domain], "transfer"]
+            assert names == ["verify", "look", *ACTS[domain], "transfer"]
             assert [m.role for m in demo.opening.messages] == ["assistant", "user"]

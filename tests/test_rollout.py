@@ -235,7 +235,7 @@ def test_a_reply_cut_at_its_length_is_answered_and_closed(chat):
 
 
 def test_an_unknown_error_of_a_tool_is_the_agents_business(chat):
-    played = run(chat, script(reply(chat, "", Call("hold", {"parcel": "P99"})), reply(chat, "Sorry.")))
+    played = run(chat, script(reply(chat, "", Call("hold", {"parcel": "899"})), reply(chat, "Sorry.")))
     assert played.turns[0].error == "" and played.messages[3] == Message("tool", "Error: unknown parcel")
 
 
@@ -448,7 +448,7 @@ def test_seed_numbers_are_the_same_on_every_machine():
 
 
 def test_a_trajectory_with_everything_in_it_survives_json():
-    call = Call("hold", {"parcel": "P12", "deep": [{"é": None}], "x": 0.1})
+    call = Call("hold", {"parcel": "787", "deep": [{"é": None}], "x": 0.1})
     whole = finished([1, 2, 3], [False, True, True], [0.0, -0.1, -1e-17], reward=0.5)
     whole.evaluation = Evaluation(0.5, whole.evaluation.checks, "note")
     whole.turns = [Turn(1, 3, 7, "bad")]

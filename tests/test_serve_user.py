@@ -22,7 +22,7 @@ from minitau.episode import Call, Completion, EngineError, Message
 from minitau.log import run_script
 
 TALK = [
-    {"role": "system", "content": "You are Ada. You want P12."},
+    {"role": "system", "content": "You are Ada. You want 787."},
     {"role": "user", "content": "Hello, how can I help?"},
 ]
 TOOLS = list(schemas("desk"))
@@ -148,14 +148,14 @@ def test_sixteen_at_once_are_each_answered_as_if_alone(base):
 
 
 def test_a_conversation_with_calls_and_results_can_be_sent_back(base):
-    call = {"id": "call_1", "type": "function", "function": {"name": "hold", "arguments": '{"parcel": "P12"}'}}
+    call = {"id": "call_1", "type": "function", "function": {"name": "hold", "arguments": '{"parcel": "787"}'}}
     messages = [*TALK, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    messages += [{"role": "tool", "tool_call_id": "call_1", "content": '{"receipt":"R10"}'}]
+    messages += [{"role": "tool", "tool_call_id": "call_1", "content": '{"receipt":"832"}'}]
     assert complete(base, messages=messages, tools=TOOLS)[0] == 200
 
 
 def test_a_tool_call_is_given_as_openai_gives_it(chat):
-    calls = (Call("hold", {"parcel": "P12", "é": [1, None]}), Call("cancel", {}))
+    calls = (Call("hold", {"parcel": "787", "é": [1, None]}), Call("cancel", {}))
     with serving(chat, Says(chat.write(Message("assistant", "I press it.", calls)))) as base:
         status, row = complete(base, tools=TOOLS)
     (choice,) = row["choices"]
@@ -168,7 +168,7 @@ def test_a_tool_call_is_given_as_openai_gives_it(chat):
 
 
 def test_words_are_words_and_a_malformed_call_is_passed_on_as_text(chat):
-    for text in ("I want P12. é ☃", "<tool_call>{", '<tool_call>{"name": "fly", "arguments": {}}</tool_call>'):
+    for text in ("I want 787. é ☃", "<tool_call>{", '<tool_call>{"name": "fly", "arguments": {}}</tool_call>'):
         with serving(chat, Says([*chat.encode(text), chat.eos_id])) as base:
             row = complete(base, tools=TOOLS)[1]["choices"][0]
         assert row == {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
@@ -212,7 +212,7 @@ def test_a_bad_request_is_answered_with_what_is_wrong(base, body):
 
 def test_a_conversation_that_does_not_fit_is_refused(base):
     # 400 would be better than 503: a client tries a 503 again.
-    status, row = complete(base, messages=[{"role": "user", "content": "P12 " * 1000}])
+    status, row = complete(base, messages=[{"role": "user", "content": "787 " * 1000}])
     assert status in (400, 503) and "tokens" in row["error"]["message"]
 
 
@@ -270,9 +270,9 @@ def test_litellm_speaks_to_it(base, chat):
         reply.choices[0].message.content
         == complete(base, seed=5, temperature=0.7, tools=TOOLS, max_tokens=8)[1]["choices"][0]["message"]["content"]
     )
-    with serving(chat, Says(chat.write(Message("assistant", "", (Call("hold", {"parcel": "P12"}),))))) as other:
+    with serving(chat, Says(chat.write(Message("assistant", "", (Call("hold", {"parcel": "787"}),))))) as other:
         reply = litellm.completion(**options, api_base=f"{other}/v1", tools=TOOLS)
     (call,) = reply.choices[0].message.tool_calls
-    assert call.function.name == "hold" and json.loads(call.function.arguments) == {"parcel": "P12"}
+    assert call.function.name == "hold" and json.loads(call.function.arguments) == {"parcel": "787"}
     with pytest.raises(litellm.BadRequestError):
         litellm.completion(**{**options, "messages": [{"role": "robot", "content": "x"}]}, api_base=f"{base}/v1")

@@ -18,10 +18,10 @@ from minitau.rollout import Limits, play
 from minitau.sft import DataError, conversation, read_conversations, to_trajectory
 
 WORLD = Courier()
-HOLD = {"parcel": "P12"}
+HOLD = {"parcel": "787"}
 TALK = [
     {"role": "system", "content": "Be kind."},
-    {"role": "user", "content": "Please hold P12."},
+    {"role": "user", "content": "Please hold 787."},
     {"role": "assistant", "content": "Shall I?"},
     {"role": "user", "content": "Yes."},
     {"role": "assistant", "content": "Done."},
@@ -69,7 +69,7 @@ def said_texts(trajectory, chat):
 def test_both_keys_are_read(read, key):
     (given,) = read({key: TALK})
     assert given.opening.policy == "Be kind." and given.opening.tools == ()
-    assert given.opening.messages == (Message("user", "Please hold P12."),)
+    assert given.opening.messages == (Message("user", "Please hold 787."),)
     assert given.messages == (Message("assistant", "Shall I?"), Message("user", "Yes."), Message("assistant", "Done."))
     assert given.line == 1
 
@@ -96,12 +96,12 @@ def test_tool_calls_are_read(read, chat, arguments, wrapped):
     if wrapped:
         call = {"id": "call_1", "type": "function", "function": call}
     rows = [*TALK[:2], {"role": "assistant", "content": None, "tool_calls": [call]}]
-    rows += [{"role": "tool", "tool_call_id": "call_1", "content": '{"receipt":"R10"}'}, TALK[4]]
+    rows += [{"role": "tool", "tool_call_id": "call_1", "content": '{"receipt":"832"}'}, TALK[4]]
     (given,) = read({"messages": rows, "tools": list(schemas("desk"))})
     assert given.messages[0] == Message("assistant", "", (Call("hold", HOLD),))
-    assert given.messages[1] == Message("tool", '{"receipt":"R10"}')
+    assert given.messages[1] == Message("tool", '{"receipt":"832"}')
     assert given.opening.tools == schemas("desk")
-    written = '<tool_call>\n{"name": "hold", "arguments": {"parcel": "P12"}}\n</tool_call><|im_end|>'
+    written = '<tool_call>\n{"name": "hold", "arguments": {"parcel": "787"}}\n</tool_call><|im_end|>'
     assert said_texts(to_trajectory(given, chat), chat) == [written, "Done.<|im_end|>"]
 
 
@@ -129,7 +129,7 @@ BROKEN = {
         "messages": [*TALK[:2], {"role": "assistant", "tool_calls": [{"name": "hold", "arguments": "[1]"}]}]
     },
     "a call that is no JSON": {
-        "messages": [*TALK[:2], {"role": "assistant", "tool_calls": [{"name": "hold", "arguments": "P12"}]}]
+        "messages": [*TALK[:2], {"role": "assistant", "tool_calls": [{"name": "hold", "arguments": "787"}]}]
     },
     "a call that is text": {"messages": [*TALK[:2], {"role": "assistant", "tool_calls": ["hold"]}]},
     "calls are a number": {"messages": [*TALK[:2], {"role": "assistant", "tool_calls": 5}]},

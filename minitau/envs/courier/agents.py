@@ -6,16 +6,15 @@ by then, so that its episodes can be learned from. It must not know the database
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Generator
 from random import Random
 
-from minitau.envs.courier.words import DAYS, EXCEPTION, NOT_YOURS, PARCELS, Agenda, Wish
+from minitau.envs.courier.words import DAYS, EXCEPTION, NOT_YOURS, Agenda, Wish
 from minitau.episode import Action, Call
 
 AGENTS = ("gold", "flawed", "refuse", "transfer")
-FLAWS = ("unverified", "unconfirmed", "lenient", "silent", "wrong_argument", "hands_off")
+FLAWS = ("unverified", "unconfirmed", "lenient", "silent", "hands_off")  # wrong choices, never a wrong word
 
 Script = Generator[Action, str, str]
 
@@ -49,45 +48,43 @@ def transfer() -> Script:
 
 def draw_flaws(rng: Random) -> frozenset[str]:
     """Nothing, one or two of FLAWS: about as much as leaves a clone of such episodes room to improve."""
-    return frozenset(rng.sample(FLAWS, rng.choice((0, 1, 1, 2, 2))))
+    return frozenset(rng.sample(FLAWS, rng.choice((0, 1, 1, 1, 1, 2, 2, 2))))
 
 
 def expert(agenda: Agenda, heard: str, flaws: frozenset[str], rng: Random) -> Script:
     """Serve a customer by the book, or with `flaws`. `heard` is what it said first."""
     if "unverified" not in flaws and not (yield from verify(agenda, heard, flaws, rng)):
         yield from transfer()
-    known: set[str] = set()  # parcels looked up
+    known: dict[str, str] = {}  # the parcels looked up, as they were read out
     for wish in agenda.wishes:
         heard = yield from serve(agenda, wish, heard, known, flaws, rng)
     while True:  # only a flawed agent comes here with the customer still waiting
-        yield say("I cannot do more for you.")
+        yield say("Sorry, not possible.")
 
 
 def verify(agenda: Agenda, heard: str, flaws: frozenset[str], rng: Random) -> Generator[Action, str, bool]:
     if not agenda.hasty:
-        asks = ("Your phone and PIN, please?", "What are your phone and PIN?", "Please give phone and PIN.")
-        heard = yield say(rng.choice(asks))
+        heard = yield say(rng.choice(("Phone and PIN, please?", "Your phone and PIN?")))
     for trial in range(2):
-        pin = re.findall(r"PIN (?:is )?(\d+)", heard)[-1]
+        pin = re.findall(r"PIN (\d+)", heard)[-1]
         result = yield call("verify", phone=agenda.phone, pin=pin)
         if not result.startswith("Error"):
             return True
         if trial == 0 and "hands_off" not in flaws:
-            heard = yield say(rng.choice(("That PIN is wrong. Please check it.", "Wrong PIN. Your PIN again?")))
+            heard = yield say(rng.choice(("Wrong PIN. Please check.", "Wrong PIN. Your PIN?")))
         elif trial == 0:
             break
     return False
 
 
-def serve(agenda: Agenda, wish: Wish, heard: str, known: set[str], flaws: frozenset[str], rng: Random) -> Script:
+def serve(agenda: Agenda, wish: Wish, heard: str, known: dict[str, str], flaws: frozenset[str], rng: Random) -> Script:
     """Settle one wish; returns what the customer says then."""
     if wish.parcel not in heard:
         first = heard
-        heard = yield say(rng.choice(("Which parcel is it?", "Which parcel, please?")))
+        heard = yield say(rng.choice(("Which parcel?", "Which parcel, please?")))
         heard = f"{first} {heard}"
     if wish.parcel not in known:
-        known.add(wish.parcel)
-        yield call("get_parcel", parcel=wish.parcel)
+        known[wish.parcel] = yield call("look", parcel=wish.parcel)
     lenient = "lenient" in flaws and (wish.agrees or wish.topic == "ask")
     if wish.topic == "locker" and (wish.say != NOT_YOURS or lenient):
         return (yield from open_locker(wish, heard, flaws, rng))
@@ -96,56 +93,49 @@ def serve(agenda: Agenda, wish: Wish, heard: str, known: set[str], flaws: frozen
     if wish.verdict == "no" and not lenient:
         return (yield from decline(wish, flaws, rng))
     if wish.topic == "ask":
-        answer = wish.say if wish.verdict == "tell" else "Friday"
-        if "wrong_argument" in flaws:
-            answer = next(day for day in DAYS if day != wish.say)
-        return (yield say(rng.choice(("It comes on {}.", "{} it is.")).format(answer)))
+        day = next(day for day in DAYS if day in known[wish.parcel])
+        return (yield say(rng.choice(("It comes on {}.", "On {}.")).format(day)))
     heard, receipt = yield from change(wish.agrees[-1] if lenient else (wish.does or wish.agrees)[0], flaws, rng)
     if not receipt:  # the customer changed its mind
         return heard
     if "silent" in flaws:
         return (yield say("Done."))
-    return (yield say(rng.choice(("Done. Your receipt is {}.", "Done, receipt {}.")).format(receipt)))
+    return (yield say(rng.choice(("Done, receipt {}.", "Your receipt is {}.")).format(receipt)))
 
 
 def change(right: Call, flaws: frozenset[str], rng: Random) -> Generator[Action, str, tuple[str, str]]:
     """Ask for a yes, then do it. Returns what was heard last and the receipt, "" if nothing was done."""
     heard = "Yes."
     if "unconfirmed" not in flaws:
-        heard = yield say(rng.choice(("Shall I {}?", "I will {}, yes?")).format(in_words(right)))
+        heard = yield say(rng.choice(("Shall I {}?", "May I {}?")).format(in_words(right)))
     if heard.startswith("No"):
         return heard, ""
-    arguments = dict(right.arguments)
-    if "wrong_argument" in flaws:
-        name = list(arguments)[-1]
-        wrong = {"parcel": PARCELS, "day": DAYS, "amount": (20, 40), "address": ("1 Elm", "2 Elm")}[name]
-        arguments[name] = next(value for value in wrong if value != arguments[name])
-    result = yield call(right.name, **arguments)
-    return heard, "" if result.startswith("Error") else json.loads(result)["receipt"]
+    result = yield call(right.name, **right.arguments)
+    return heard, result.removeprefix("receipt ")
 
 
 def in_words(act: Call) -> str:
-    """The act as it stands in a question: "move P12 to Friday"."""
+    """The act as it stands in a question: "move 787 to Friday"."""
     return {
-        "set_day": "move {parcel} to {day}",
-        "set_address": "send {parcel} to {address}",
+        "move": "move {parcel} to {day}",
+        "send": "send {parcel} to {address}",
         "hold": "hold {parcel}",
         "cancel": "cancel {parcel}",
         "refund": "refund {amount} for {parcel}",
         "replace": "replace {parcel}",
-        "search": "start a search for {parcel}",
-        "unlock_door": "unlock the door for {parcel}",
-        "extend_time": "extend the time of {parcel}",
+        "search": "search for {parcel}",
+        "unlock": "unlock {parcel}",
+        "extend": "extend {parcel}",
     }[act.name].format(**act.arguments)
 
 
 def decline(wish: Wish, flaws: frozenset[str], rng: Random) -> Script:
     """Say no, and why; say it again to a customer who does not take it."""
-    line = rng.choice(("Sorry, I cannot: {}.", "I cannot do that: {}.")).format(wish.say)
+    line = rng.choice(("Sorry, {}.", "No, {}.")).format(wish.say)
     if "hands_off" in flaws:
         yield from transfer()
     while True:
-        heard = yield say("Sorry, I cannot do that." if "silent" in flaws else line)
+        heard = yield say("Sorry, not possible." if "silent" in flaws else line)
         if heard not in (EXCEPTION, "Why not?"):
             return heard
 
@@ -153,7 +143,7 @@ def decline(wish: Wish, flaws: frozenset[str], rng: Random) -> Script:
 def open_locker(wish: Wish, heard: str, flaws: frozenset[str], rng: Random) -> Script:
     """Bring the customer from what the display shows to OPEN, as far as the policy goes."""
     if "It shows" not in heard:
-        heard = yield say(rng.choice(("What does the display show?", "What do you see on the display?")))
+        heard = yield say(rng.choice(("What does it show?", "What do you see?")))
     lead = ""  # the receipt, to be told with the next request
     acts = {act.name: act for act in wish.agrees}
     while True:
@@ -163,15 +153,14 @@ def open_locker(wish: Wish, heard: str, flaws: frozenset[str], rng: Random) -> S
         if display[-1] == "E4":
             yield from transfer()
         if display[-1] == "E5":
-            return (yield say("Your parcel is elsewhere." if "silent" in flaws else f"It is in locker {wish.say}."))
+            where = rng.choice(("It is in locker {}.", "Go to locker {}.")).format(wish.say)
+            return (yield say("Wrong locker." if "silent" in flaws else where))
         if display[-1] == "E3" and wish.verdict == "no" and "lenient" not in flaws:
             return (yield from decline(wish, flaws, rng))
-        needs = {"E2": "unlock_door", "E3": "extend_time"}.get(display[-1])
+        needs = {"E2": "unlock", "E3": "extend"}.get(display[-1])
         if needs in acts:  # once each
             _, receipt = yield from change(acts.pop(needs), flaws, rng)
             lead = f"Receipt {receipt}. " if receipt and "silent" not in flaws else ""
         button = {"E1": "red", "E2": "blue", "E3": "red", "READY": "green"}[display[-1]]
-        if "wrong_argument" in flaws and button == "red":
-            button = "blue"
         ask = rng.choice(("Please press {}.", "Now press {}.")).format(button)
         heard, lead = (yield say(lead + ask)), ""

@@ -10,20 +10,30 @@ import re
 from collections.abc import Callable
 from random import Random
 
-from minitau.envs.courier.words import ACTS, DAYS, EXCEPTION, REASONS, STREETS, Agenda
+from minitau.envs.courier.words import (
+    ACTS,
+    DAYS,
+    EXCEPTION,
+    LOCKERS,
+    PARCELS,
+    REASONS,
+    RECEIPTS,
+    STREETS,
+    Agenda,
+)
 from minitau.episode import Call
 
 WANTS = {  # what a customer says it wants; {it} is the parcel, {to} a day or an address
-    "ask": ("which day does {it} come?", "when will {it} be here?"),
-    "day": ("please deliver {it} on {to}.", "I need {it} to come on {to}."),
-    "address": ("please send {it} to {to}.", "I moved, so {it} must go to {to}."),
-    "hold": ("please hold {it} at the depot.", "I am away. Please hold {it} for me."),
-    "cancel": ("please cancel {it}.", "I do not need {it} any more, please cancel it."),
-    "broken": ("{it} came broken. I want my money back.", "{it} is in pieces. Please refund it."),
-    "renew": ("{it} came broken. I want a new one.", "{it} is in pieces. Please replace it."),
-    "lost": ("{it} never came. I want my money back.", "{it} is lost. Please refund it."),
-    "late": ("{it} came late. I want some money back.", "{it} was too late. Please refund me something."),
-    "locker": ("I cannot get {it} out of the locker.", "the locker does not give me {it}."),
+    "ask": ("which day does {it} come?", "when will {it} come?"),
+    "day": ("please move {it} to {to}.", "I need {it} on {to}."),
+    "address": ("please send {it} to {to}.", "{it} must go to {to}."),
+    "hold": ("please hold {it}.", "I am away, hold {it}."),
+    "cancel": ("please cancel {it}.", "I do not need {it}, cancel it."),
+    "broken": ("{it} is broken, please refund it.", "{it} came broken. My money back!"),
+    "renew": ("{it} is broken, please replace it.", "{it} came broken. A new one, please."),
+    "lost": ("{it} is lost, please refund it.", "{it} never came. My money back!"),
+    "late": ("{it} is late, please refund some.", "{it} came late. Some money back!"),
+    "locker": ("I cannot get {it} out.", "the locker keeps {it}."),
 }
 
 
@@ -31,23 +41,29 @@ def spots(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern, re.IGNORECASE)
 
 
+def any_of(ids: tuple[str, ...]) -> str:
+    """One of these numbers, whatever letters or signs stand around it ("P787", "#787")."""
+    return rf"(?<!\d)(?:{'|'.join(ids)})(?!\d)"
+
+
 DAY = spots(rf"\b(?:{'|'.join(DAYS)})\b")
 SPOKEN = {  # how the arguments of a call look in speech
-    "parcel": spots(r"\bP\d\d\b"),
+    "parcel": spots(any_of(PARCELS)),
     "day": DAY,
     "address": spots(rf"\b\d+ (?:{'|'.join(STREETS)})\b"),
-    "amount": spots(r"(?<![\w.])\d+\b(?! days?)"),
+    # any number but an id, an age or an address
+    "amount": spots(rf"(?<![\w.])(?![78]\d\d\b)\d+\b(?! (?:days?|{'|'.join(STREETS)})\b)"),
 }
 MENTION = {  # how the acts themselves do
-    "set_day": DAY,
-    "set_address": SPOKEN["address"],
+    "move": DAY,
+    "send": SPOKEN["address"],
     "hold": spots(r"\bhold(?! on)"),
     "cancel": spots(r"\bcancel"),
     "refund": spots(r"\brefund|money back|\bpay"),
     "replace": spots(r"\breplace|new one"),
     "search": spots(r"\bsearch|look for"),
-    "unlock_door": spots(r"\bunlock"),
-    "extend_time": spots(r"\bexten|more time"),
+    "unlock": spots(r"\bunlock"),
+    "extend": spots(r"\bexten|more time"),
 }
 PRESS = spots(r"\b(?:press|push|hit|tap)\b")
 DO_NOT_PRESS = spots(r"(?:\bnot|n't|\bnever) (?:press|push|hit|tap) (?:the )?\w+")
@@ -56,12 +72,12 @@ PHONE = spots(r"\bphone|\bverify\b|authenticate\b|credential|who you are")
 PIN = spots(r"\bpin\b|\bverify\b|authenticate\b|credential|who you are")
 ASKS = spots(r"\?|please|tell|give|need|confirm|shall i|provide|could you|may i")
 REFUSES = spots(r"n't\b|\bcan ?not\b|unable|not able|not allowed|not possible|against|refuse\b")
-DONE = spots(r"\bdone\b|\b(?:chang|mov|updat|cancell?|refund|replac|extend|start)ed\b|\bheld\b|has been")
-RECEIPT = spots(r"\breceipt\b|\bR\d\d\b")
+DONE = spots(r"\bdone\b|\b(?:chang|mov|updat|cancell?|refund|replac|extend|unlock|start)ed\b|\bheld\b|has been")
+RECEIPT = spots(rf"\breceipt\b|{any_of(RECEIPTS)}")
 ELSE = spots(r"[^.!?]*(?:anything|something) else[^.!?]*[.!?]?")
 WHICH = spots(r"parcel|which|package|\bid\b")
 DISPLAY = spots(r"display|screen|shows?\b|see\b")
-LOCKER = spots(r"\bL\d\d\b")
+LOCKER = spots(any_of(LOCKERS))
 
 
 class Customer:
@@ -73,7 +89,7 @@ class Customer:
 
     def __init__(self, agenda: Agenda, look: Callable[[], str], press: Callable[[str], None], rng: Random):
         self.agenda, self.look, self.press = agenda, look, press
-        self.style = rng.randrange(6)
+        self.style = rng.randrange(4)  # two bits: how it asks and agrees, how it logs in
         self.agreed: list[Call] = []
         self.over = False
         self.open = not agenda.shy
@@ -137,12 +153,12 @@ class Customer:
     def login(self, phone: bool, pin: bool) -> str:
         number = self.agenda.phone
         if not pin:
-            return f"My phone is {number}."
+            return f"Phone {number}."
         code = self.agenda.pins[min(self.pins_said, len(self.agenda.pins) - 1)]
         self.pins_said += 1
         if not phone:
-            return f"My PIN is {code}."
-        return (f"My phone is {number}, my PIN is {code}.", f"Phone {number}, PIN {code}.")[self.style % 2]
+            return f"PIN {code}."
+        return (f"It is {number}, PIN {code}.", f"Phone {number}, PIN {code}.")[self.style // 2 % 2]
 
     def agree(self, act: Call) -> str:
         """Say yes to a change that was stated in full, unless this is where it changes its mind."""
@@ -151,7 +167,7 @@ class Customer:
             self.at += 1
             return f"No, wait. {sentence(self.want())}"
         self.agreed.append(act)
-        return ("Yes.", "Yes, please.", "Yes, do that.")[self.style % 3]
+        return ("Yes.", "Yes, please.")[self.style % 2]
 
     def refused(self, reason: bool) -> str:
         self.noes += 1

@@ -111,15 +111,15 @@ def asked(topic: str, parcel: str, to: str, row: dict[str, Any]) -> tuple[Call, 
     refund = Call("refund", {"parcel": parcel, "amount": amount})
     return {
         "ask": (),
-        "day": (Call("set_day", {"parcel": parcel, "day": to}),),
-        "address": (Call("set_address", {"parcel": parcel, "address": to}),),
+        "day": (Call("move", {"parcel": parcel, "day": to}),),
+        "address": (Call("send", {"parcel": parcel, "address": to}),),
         "hold": (Call("hold", {"parcel": parcel}),),
         "cancel": (Call("cancel", {"parcel": parcel}),),
         "broken": (refund,),
         "renew": (Call("replace", {"parcel": parcel}),),
         "lost": (Call("search", {"parcel": parcel}), refund) if row["age"] <= 7 else (refund,),
         "late": (refund,),
-        "locker": (Call("unlock_door", {"parcel": parcel}), Call("extend_time", {"parcel": parcel})),
+        "locker": (Call("unlock", {"parcel": parcel}), Call("extend", {"parcel": parcel})),
     }[topic]
 
 
@@ -168,7 +168,7 @@ def change_of_mind(rng: Random, wish: Wish, row: dict[str, Any]) -> tuple[Wish, 
         topic, to = "renew" if wish.topic == "broken" else "broken", ""
     else:
         return (wish,)
-    if rng.random() < 0.5 or (to in (wish.to, row["address"]) and to):
+    if rng.random() < 0.8 or (to in (wish.to, row["address"]) and to):
         return (wish,)
     return Wish(topic, wish.parcel, to, asked(topic, wish.parcel, to, row), (), "do", "", dropped=True), wish
 
@@ -184,14 +184,14 @@ def scenario(family: str, number: int) -> Scenario:
     wish, row, faults = draw_wish(rng, family, parcels[0], me, "" if stranger else target)
     wishes = change_of_mind(rng, wish, row)
     rows = {parcels[0]: row}
-    if family != "locker" and wish.verdict != "transfer" and not stranger and rng.random() < 0.25:
+    if family != "locker" and wish.verdict != "transfer" and not stranger and rng.random() < 0.12:
         second = rng.choice(("", "", *REASONS[family]))
         wish, rows[parcels[1]], _ = draw_wish(rng, family, parcels[1], me, second)
         wishes += (wish,)
     for parcel, owner in zip(parcels[2:], names, strict=True):  # distractors
         rows[parcel] = draw_row(rng, family, rng.choice(TOPICS[family]), owner) | {"receipt": rng.choice(RECEIPTS)}
-    said = pins[3:] if stranger else pins[3:4] + pins[:1] if rng.random() < 0.25 else pins[:1]
-    shy, hasty, pushy, slips = (rng.random() < chance for chance in (0.3, 0.3, 0.5, 0.3))
+    said = pins[3:] if stranger else pins[3:4] + pins[:1] if rng.random() < 0.2 else pins[:1]
+    shy, hasty, pushy, slips = (rng.random() < chance for chance in (0.2, 0.3, 0.3, 0.2))
     pushy = pushy and family == "claims"
     agenda = Agenda(family, phones[0], tuple(said), wishes, shy, hasty, pushy, slips, stranger)
     customers = {phone: {"name": name, "pin": pin} for phone, name, pin in zip(phones, names, pins[:3], strict=True)}
@@ -206,7 +206,7 @@ def reference(agenda: Agenda) -> list[Call]:
         return [*verify, Call("transfer", {})]
     calls = verify[-1:]
     for wish in agenda.wishes:
-        look = Call("get_parcel", {"parcel": wish.parcel})
+        look = Call("look", {"parcel": wish.parcel})
         calls += [look] * (look not in calls) + list(wish.does)
         calls += [Call("transfer", {})] * (wish.verdict == "transfer")
     return calls

@@ -13,28 +13,24 @@ from minitau.envs.courier.words import ACTS, DAYS
 from minitau.episode import Call
 
 COMMON = (
-    "You serve the customers of a parcel company. First verify phone and PIN; look nothing up before. "
-    "If verifying fails twice, transfer. Look a parcel up before you decide. If its owner is somebody "
-    'else, refuse: "not yours". Before each change, name the parcel and the change and get a yes; right '
-    "after it, tell the receipt. If a rule forbids a request, change nothing and give the reason in the "
-    "quoted words. Transfer only where a rule says so. Age is in days.\n"
+    "First verify phone and PIN; if it fails twice, transfer. Then look the parcel up. Another owner: "
+    '"not yours". Before a change, name it and its parcel and get a yes; after it, tell the receipt. '
+    "Refuse what a rule forbids, with the quoted reason. Transfer only by a rule. Age is in days.\n"
 )
 RULES = {
     "desk": (
-        'A parcel "on the van" or "already delivered" cannot be changed. Saturday is "express only". '
-        'Cancel up to age 3, not "over 3 days". A new address for a value over 100: transfer.'
+        'Change nothing "on the van" or "already delivered". Saturday: "express only". '
+        'Cancel: not "over 3 days". New address for a value over 100: transfer.'
     ),
     "claims": (
-        "Any claim for a value over 200: transfer. Broken: refund the value or replace, as the customer "
-        'likes, but nothing if "not insured" or "over 7 days" old. Lost: nothing if delivered ("signed '
-        'for"), sorting or van ("on its way"); if missing, search up to age 7, refund the value after '
-        'that. Late: refund 10, "express only".'
+        'Value over 200: transfer. Broken: refund the value or replace, not if "not insured" or "over 7 '
+        'days". Lost: delivered is "signed for", sorting or van "on its way"; missing: search up to age 7, '
+        'later refund the value. Late: refund 10, "express only".'
     ),
     "locker": (
-        "Only the customer can press buttons. Go by the display. E1: press red. E2: unlock_door, then "
-        'press blue. E3: extend_time, then press red; but "only once", and not for an age "over 5 days". '
-        "E4: transfer. E5: tell the locker that the parcel is in. READY: press green. OPEN: solved. "
-        "Any other press of blue breaks the locker."
+        "Only the customer can press. It shows E1: press red. E2: unlock, then press blue. E3: extend, "
+        'then press red; "only once", not "over 5 days". E4: transfer. E5: tell the right locker. '
+        "READY: press green. Any other blue breaks it."
     ),
 }
 POLICY = {family: COMMON + rules for family, rules in RULES.items()}
@@ -50,40 +46,40 @@ ARGUMENTS = {  # the schema of each argument, wherever it is used
 }
 TOOLS = {  # name -> description, arguments
     "verify": ("Check who the customer is.", ("phone", "pin")),
-    "get_parcel": ("Look a parcel up.", ("parcel",)),
-    "set_day": ("Change the delivery day.", ("parcel", "day")),
-    "set_address": ("Change the address.", ("parcel", "address")),
+    "look": ("Look a parcel up.", ("parcel",)),
+    "move": ("Change the delivery day.", ("parcel", "day")),
+    "send": ("Change the address.", ("parcel", "address")),
     "hold": ("Hold at the depot.", ("parcel",)),
     "cancel": ("Cancel a parcel.", ("parcel",)),
     "refund": ("Pay money back.", ("parcel", "amount")),
     "replace": ("Send a new one.", ("parcel",)),
     "search": ("Start a search.", ("parcel",)),
-    "unlock_door": ("Unlock the locker door.", ("parcel",)),
-    "extend_time": ("Extend the time in the locker.", ("parcel",)),
+    "unlock": ("Unlock the locker door.", ("parcel",)),
+    "extend": ("Extend the time in the locker.", ("parcel",)),
     "transfer": ("Hand over to a human.", ()),
 }
-SHOWN = {  # what get_parcel reads out
+SHOWN = {  # what `look` reads out
     "desk": ("owner", "status", "day", "service", "age", "value"),
     "claims": ("owner", "status", "service", "age", "value", "insured"),
     "locker": ("owner", "locker", "age", "extended"),
 }
 WRITES: dict[str, Callable[..., dict[str, Any]]] = {  # what an act changes in the parcel's row
-    "set_day": lambda row, day: {"day": day},
-    "set_address": lambda row, address: {"address": address},
+    "move": lambda row, day: {"day": day},
+    "send": lambda row, address: {"address": address},
     "hold": lambda row: {"status": "held"},
     "cancel": lambda row: {"status": "cancelled"},
     "refund": lambda row, amount: {"refunded": row["refunded"] + amount},
     "replace": lambda row: {"replaced": True},
     "search": lambda row: {"searched": True},
-    "unlock_door": lambda row: {"unlocked": True},
-    "extend_time": lambda row: {"extended": True, "renewed": True},
+    "unlock": lambda row: {"unlocked": True},
+    "extend": lambda row: {"extended": True, "renewed": True},
 }
 
 
 def schemas(family: str) -> tuple[dict[str, Any], ...]:
     """The OpenAI function schemas of a family's tools."""
     out = []
-    for name in ("verify", "get_parcel", *ACTS[family], "transfer"):
+    for name in ("verify", "look", *ACTS[family], "transfer"):
         description, arguments = TOOLS[name]
         parameters = {
             "type": "object",
@@ -97,7 +93,7 @@ def schemas(family: str) -> tuple[dict[str, Any], ...]:
 
 def problem(call: Call, family: str) -> str:
     """What is wrong with a call, whatever JSON it was made of; "" if it fits its schema."""
-    if call.name not in ("verify", "get_parcel", *ACTS[family], "transfer"):
+    if call.name not in ("verify", "look", *ACTS[family], "transfer"):
         return "there is no such tool"
     wanted = TOOLS[call.name][1]
     if not isinstance(call.arguments, dict) or set(call.arguments) != set(wanted):
@@ -114,6 +110,14 @@ def problem(call: Call, family: str) -> str:
         elif not schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value)):
             return f"{name} must have {schema['minLength']} to {schema['maxLength']} characters"
     return ""
+
+
+def describe(row: dict[str, Any], family: str) -> str:
+    """What `look` answers: "owner Ada, age 3, not insured". Plain words are half as long as JSON."""
+    return ", ".join(
+        f"{'' if row[field] else 'not '}{field}" if isinstance(row[field], bool) else f"{field} {row[field]}"
+        for field in SHOWN[family]
+    )
 
 
 def write(db: dict[str, Any], act: Call) -> str:

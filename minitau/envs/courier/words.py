@@ -11,11 +11,14 @@ from minitau.episode import Call
 
 DOMAINS = ("desk", "claims", "locker")
 
+# Ids are plain numbers of three digits: one token each, so that copying one is no spelling. All of
+# 700 to 899 is courier's: no other number here reaches it, and a base model that is trained elsewhere
+# never sees these numbers.
 PHONES = tuple(str(n) for n in range(700, 740))
-PINS = tuple(str(n) for n in range(300, 340))
-PARCELS = tuple(f"P{n}" for n in range(10, 50))
-RECEIPTS = tuple(f"R{n}" for n in range(10, 50))
-LOCKERS = tuple(f"L{n}" for n in range(10, 30))
+PINS = tuple(str(n) for n in range(740, 780))
+PARCELS = tuple(str(n) for n in range(780, 820))
+RECEIPTS = tuple(str(n) for n in range(820, 860))
+LOCKERS = tuple(str(n) for n in range(860, 880))
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
 STREETS = ("Elm", "Oak", "Ash", "Pine", "Birch", "Cedar", "Maple", "Willow")
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jill", "Kurt", "Lena")
@@ -25,9 +28,9 @@ ID_WORDS = PHONES + PINS + PARCELS + RECEIPTS + LOCKERS + DAYS + STREETS + NAMES
 
 # The acts that change something, by family: the tools of that name, and what a customer can agree to.
 ACTS = {
-    "desk": ("set_day", "set_address", "hold", "cancel"),
+    "desk": ("move", "send", "hold", "cancel"),
     "claims": ("refund", "replace", "search"),
-    "locker": ("unlock_door", "extend_time"),
+    "locker": ("unlock", "extend"),
 }
 # The words in which the policy says no.
 NOT_YOURS = "not yours"

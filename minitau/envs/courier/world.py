@@ -12,7 +12,7 @@ from typing import Any
 from minitau.envs.courier import agents
 from minitau.envs.courier.customer import Customer
 from minitau.envs.courier.tasks import reference, scenario
-from minitau.envs.courier.tools import POLICY, SHOWN, problem, schemas, write
+from minitau.envs.courier.tools import POLICY, describe, problem, schemas, write
 from minitau.envs.courier.words import ACTS, DAYS, DOMAINS, LOCKERS, REASONS, RECEIPTS
 from minitau.episode import (
     Action,
@@ -36,7 +36,8 @@ BASIS = {
     "locker": ("env", "db", "communicate"),
 }
 PAID = (Stop.USER_STOP, Stop.AGENT_STOP, Stop.TRANSFER)
-GREETING = "Hello, how can I help?"
+GREETING = "Hello!"
+UNVERIFIED, UNCONFIRMED = "before verifying", "without a yes"  # how a violation of the policy is noted
 MAX_DEMONSTRATED_TURNS = 40
 KEYS = {  # display -> the button that clears it, and what must be true of the parcel
     "E1": ("red", ""),
@@ -81,7 +82,7 @@ class CourierEnv:
         self.said.append(action.text)
         words = [wish.say for wish in self.scenario.agenda.wishes if wish.say]
         if not self.verified and any(plain(word) in plain(action.text) for word in words):
-            self.db["violations"].append("told before verifying")
+            self.db["violations"].append(f"told {UNVERIFIED}")
         reply = self.customer.hear(action.text)
         self.stop = Stop.USER_STOP if self.customer.over else None
         return Observation((Message("user", reply),), self.stop)
@@ -94,28 +95,28 @@ class CourierEnv:
         self.calls.append(call)
         if call.name == "transfer":
             self.db["transferred"], self.stop = True, Stop.TRANSFER
-            return compact({"ok": True})
+            return "ok"
         if call.name == "verify":
             customer = self.db["customers"].get(call.arguments["phone"])
             if customer is None or customer["pin"] != call.arguments["pin"]:
                 return "Error: wrong phone or PIN"
             self.verified = True
-            return compact({"name": customer["name"]})
+            return f"name {customer['name']}"
         row = self.db["parcels"].get(call.arguments["parcel"])
         if row is None:
             return "Error: unknown parcel"
         if not self.verified:
-            self.db["violations"].append(f"{call.name} before verifying")
-        if call.name == "get_parcel":
-            return compact({field: row[field] for field in SHOWN[self.family]})
+            self.db["violations"].append(f"{call.name} {UNVERIFIED}")
+        if call.name == "look":
+            return describe(row, self.family)
         if call not in self.customer.agreed:
-            self.db["violations"].append(f"{call.name} without a yes")
-        return compact({"receipt": write(self.db, call)})
+            self.db["violations"].append(f"{call.name} {UNCONFIRMED}")
+        return f"receipt {write(self.db, call)}"
 
     def press(self, button: str) -> None:
         """The customer presses a button of the locker."""
         if not self.verified:
-            self.db["violations"].append("press before verifying")
+            self.db["violations"].append(f"press {UNVERIFIED}")
         row = self.db["parcels"][self.scenario.agenda.wishes[0].parcel]
         key, needs = KEYS.get(self.display[0], ("", ""))
         if button == key and (not needs or row.get(needs)):
@@ -141,7 +142,12 @@ class CourierEnv:
             broken = self.display[0] == "E4" and self.scenario.display[0] != "E4"
             checks.append(Check("env", "door open" if opens else "door shut", (self.display[0] == "OPEN") == opens))
             checks.append(Check("env", "locker not broken", not broken))
-        checks.append(Check("db", "database", self.db == db))
+        noted = self.db["violations"]
+        checks += [
+            Check("db", "verified first", not any(UNVERIFIED in violation for violation in noted)),
+            Check("db", "confirmed first", not any(UNCONFIRMED in violation for violation in noted)),
+            Check("db", "database", {**self.db, "violations": []} == db),
+        ]
         passed = all(check.passed for check in checks if check.kind in BASIS[self.family])
         return Evaluation(float(passed and stop in PAID), tuple(checks))
 
