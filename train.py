@@ -80,6 +80,7 @@ def train_grpo(cfg: config.GRPO) -> None:
     curriculum = Curriculum(tasks, seed=cfg.seed, enabled=cfg.curriculum)
     if run.state:
         curriculum.load_state_dict(run.state["curriculum"])
+    episodes = run.state["episodes"] if run.state else 0
     reference = open_reference(cfg) if cfg.kl else None
     engine = open_engine(cfg, run.model, run.chat.stop_ids)
     stage = rollout.open_stage(cfg, world, engine, run.chat)
@@ -87,9 +88,14 @@ def train_grpo(cfg: config.GRPO) -> None:
     run.log.start("GRPO", cfg.steps, run.step)
     clock = Clock()
     for step in range(run.step + 1, cfg.steps + 1):
+        if spent(cfg, episodes):
+            break
         with clock.phase("rollout"):
             groups, played, drawn = draw_groups(cfg, step, curriculum, stage)
         rollout.require_verdicts(played)
+        episodes += len(played)
+        if cfg.shuffle_rewards:
+            groups = shuffled(groups, seed=f"{cfg.seed}:{step}:shuffle")
         chunks = [weigh(cfg, part) for part in split(groups, cfg.updates_per_step)]
         updates = [micro_batches(cfg, chunk) for chunk in chunks if chunk]
         with clock.phase("logprobs"):
@@ -111,9 +117,9 @@ def train_grpo(cfg: config.GRPO) -> None:
         run.log.write(metrics, ("reward", "partial", "zero_variance_share"))
         save_trajectories(run, step, played, [sample for chunk in chunks for sample in chunk])
         clock = Clock()  # the time of a checkpoint stands in the line of the step after it
-        if step % cfg.save_every == 0 or step == cfg.steps:
+        if step % cfg.save_every == 0 or step == cfg.steps or spent(cfg, episodes):
             with clock.phase("checkpoint"):
-                save(run, cfg, step, {"curriculum": curriculum.state_dict()})
+                save(run, cfg, step, {"curriculum": curriculum.state_dict(), "episodes": episodes})
     run.log.finish()
     engine.close()
     export(run)
@@ -158,6 +164,20 @@ def draw_groups(
     flat = 1 - sum(teaches) / max(1, graded)
     share = {"groups": len(groups), "zero_variance_share": flat, "rounds": number + 1}
     return [groups[i] for i in sorted(best)], [t for group, _ in groups for t in group], share
+
+
+def spent(cfg: config.GRPO, episodes: int) -> bool:
+    """True once `episodes` have used up a budget that was given."""
+    return 0 < cfg.episodes <= episodes
+
+
+def shuffled(groups: Sequence[Group], seed: str) -> list[Group]:
+    """The groups with the rewards of each given to its attempts by lot: see --shuffle-rewards.
+
+    What the curriculum and the metrics say is not touched: they look at the trajectories.
+    """
+    rng = Random(seed)
+    return [(group, reward.shuffled(shaped, [not t.stop.ours for t in group], rng)) for group, shaped in groups]
 
 
 def split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:

@@ -102,6 +102,7 @@ class GRPO(Training, Episodes):
     """Group-relative policy optimisation over whole conversations."""
 
     steps: int = setting(200, "rollout batches")
+    episodes: int = setting(0, "end after the step that reaches this many episodes in all; 0 leaves the end to --steps")
     tasks_per_step: int = setting(16, "different tasks in a batch (P)")
     group_size: int = setting(4, "attempts at each task (G)")
     updates_per_step: int = setting(1, "optimizer steps a batch is split into; 1 is strictly on-policy")
@@ -110,6 +111,9 @@ class GRPO(Training, Episodes):
     curriculum: bool = setting(True, "draw tasks with success rates near one half more often")
     dynamic_sampling: bool = setting(True, "draw more tasks while groups without a difference leave the batch short")
     max_rounds: int = setting(3, "rounds of drawing in one step at most")
+    shuffle_rewards: bool = setting(
+        False, "a control: inside each group the rewards go to attempts drawn by lot, so that they teach nothing"
+    )
     shaping: str = setting("gated", "where partial credit counts", ("none", "additive", "gated"))
     alpha: float = setting(0.25, "weight of partial credit")
     divide_by_std: bool = setting(True, "divide advantages by their group's standard deviation")
@@ -270,7 +274,7 @@ POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
 
 NOT_NEGATIVE = (  # noqa: SIM905  (likewise)
     "lr weight_decay max_grad_norm warmup alpha clip_low clip_high entropy kl importance_cap sequence_low "
-    "sequence_high min_partial tasks patience temperature user_temperature"
+    "sequence_high min_partial tasks episodes patience temperature user_temperature"
 ).split()
 
 
@@ -307,6 +311,7 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
 FREE_ON_RESUME = {
     "out",
     "steps",
+    "episodes",
     "resume",
     "save_every",
     "keep",

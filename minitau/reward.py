@@ -6,6 +6,7 @@ The grader's reward itself is never changed; what is made here is another number
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
 
 from minitau.episode import Evaluation
 
@@ -65,6 +66,20 @@ def shape(
 def differs(shaped: Sequence[float], counted: Sequence[bool]) -> bool:
     """True if a group's counted rewards differ; otherwise all its advantages are 0 and it teaches nothing."""
     return len({value for value, counts in zip(shaped, counted) if counts}) > 1
+
+
+def shuffled(shaped: Sequence[float], counted: Sequence[bool], rng: Random) -> list[float]:
+    """A group's rewards handed out by lot among its `counted` attempts; the others keep theirs.
+
+    Every permutation is as likely as any other, the one that changes nothing included. Were an
+    attempt never given its own reward, it would on average be given the opposite advantage, and the
+    control would learn to fail.
+    """
+    places = [i for i, counts in enumerate(counted) if counts]
+    result = list(shaped)
+    for place, source in zip(places, rng.sample(places, len(places))):
+        result[place] = shaped[source]
+    return result
 
 
 def domain_scale(domain: str) -> float:

@@ -435,3 +435,17 @@ def test_sequences_of_a_batch_have_every_boundary(policies):
             log_p = (full_logits(net, episode.ids) / CFG.temperature).log_softmax(-1)
         expected = [float(log_p[t - 1, episode.ids[t]]) for t in range(1, len(episode.ids)) if episode.said[t]]
         assert packed[mb.sequence_N == number].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_shuffled_rewards_stay_in_their_group_and_repeat():
+    groups = [(group_of([1.0, 0.0, 1.0, 0.0], 0)[0], [1.25, 0.0, 1.0, 0.1]), group_of([0.0] * 4, 4)] * 8
+    control = train.shuffled(groups, seed="0:1:shuffle")
+    assert [group for group, _ in control] == [group for group, _ in groups], "what happened is not touched"
+    assert [sorted(shaped) for _, shaped in control] == [sorted(shaped) for _, shaped in groups]
+    assert control != groups and control == train.shuffled(groups, seed="0:1:shuffle")
+    assert control != train.shuffled(groups, seed="0:2:shuffle")
+
+
+@pytest.mark.parametrize(("budget", "played", "over"), [(0, 10**9, False), (5, 4, False), (5, 5, True), (5, 6, True)])
+def test_a_budget_of_episodes(budget, played, over):
+    assert train.spent(config.GRPO(episodes=budget), played) is over

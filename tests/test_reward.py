@@ -1,6 +1,8 @@
 """Partial credit by hand, and where it may change what GRPO compares."""
 
+from collections import Counter
 from itertools import permutations, product
+from random import Random
 
 import pytest
 
@@ -113,3 +115,12 @@ def test_differs():
 
 def test_domain_scales():
     assert [reward.domain_scale(d) for d in ("retail", "airline", "telecom", "desk")] == [0.8, 1.0, 1.6, 1.0]
+
+
+def test_shuffling_is_every_permutation_of_those_that_count():
+    counted = [True, False, True, True]
+    seen = Counter(tuple(reward.shuffled([1.0, 9.0, 2.0, 3.0], counted, Random(f"{i}"))) for i in range(1200))
+    assert set(seen) == {(a, 9.0, b, c) for a, b, c in permutations((1.0, 2.0, 3.0))}
+    assert min(seen.values()) > 140, "each, also the one that changes nothing, as often as the others"
+    assert reward.shuffled([], [], Random(0)) == []
+    assert reward.shuffled([1.0, 2.0], [False, False], Random(0)) == [1.0, 2.0]
