@@ -25,8 +25,8 @@ from minitau.engines import open_engine
 from minitau.envs import open_world
 from minitau.episode import BadInput, EnvError, Stop, Task, Trajectory, World
 from minitau.estimators import bootstrap_interval, mean_over_tasks, pass_at_k, pass_hat_k
-from minitau.log import open_to_append, progress_bar, run_script, whole_lines
-from minitau.report import table
+from minitau.log import open_to_append, progress_bar, run_script
+from minitau.report import by_domain, read_episodes, table, tallies
 from minitau.run import claim_run_dir, open_chat
 
 TOO_MANY_ERRORS = 0.05  # share of broken episodes above which a score should not be trusted
@@ -40,7 +40,7 @@ def evaluate(cfg: config.Evaluation) -> list[dict[str, Any]]:
     policy = open_policy(cfg) if cfg.agent == "policy" else None
     folder = Path(cfg.out)
     claim_run_dir(cfg.out, cfg.resume, {"script": "eval.py", **dataclasses.asdict(cfg)})
-    done = {key for key, trajectory in finished(folder).items() if not trajectory.stop.ours}
+    done = {key for key, trajectory in read_episodes(folder).items() if not trajectory.stop.ours}
     done = parallel.from_main(done)  # the others may see what the first rank already appends
     missing = [(task, sample) for task, sample in jobs if (task.key, sample) not in done]
     start = time.perf_counter()
@@ -61,7 +61,7 @@ def evaluate(cfg: config.Evaluation) -> list[dict[str, Any]]:
             play_script(cfg, world, missing, keep)
     parallel.barrier()
     seconds = time.perf_counter() - start
-    played = list(finished(folder).values())
+    played = list(read_episodes(folder).values())
     return [row(cfg, name, of, seconds) for name, of in by_domain(played)]
 
 
@@ -92,38 +92,12 @@ def play_script(
     progress.close()
 
 
-def finished(folder: Path) -> dict[tuple[str, int], Trajectory]:
-    """The episodes on disk, by (task, trial). A line that was cut by a crash is not one.
-
-    One that broke on our side is played again by a resumed evaluation; then its second line counts.
-    """
-    lines = [line for path in sorted(folder.glob("episodes-*.jsonl")) for line in whole_lines(path)]
-    try:
-        episodes = [Trajectory.from_json(json.loads(line)) for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{folder}: an episode on disk cannot be read ({error}); choose another --out") from None
-    broken_first = sorted(episodes, key=lambda t: not t.stop.ours)
-    return {(t.task.key, t.sample): t for t in broken_first}
-
-
-def by_domain(played: list[Trajectory]) -> list[tuple[str, list[Trajectory]]]:
-    domains = sorted({t.task.domain for t in played})
-    each = [(domain, [t for t in played if t.task.domain == domain]) for domain in domains]
-    return [*each, ("all", played)] if len(domains) > 1 else each
-
-
 def row(cfg: config.Evaluation, domain: str, played: list[Trajectory], seconds: float) -> dict[str, Any]:
     """One line of the table. Episodes that broke on our side are counted apart, not in the score.
 
     `seconds` is the wall-clock time of this command, all domains together.
     """
-    tallies: dict[str, list[int]] = {}
-    for t in played:
-        tally = tallies.setdefault(t.task.key, [0, 0])
-        if not t.stop.ours:
-            tally[0] += 1
-            tally[1] += t.success
-    pairs = [(n, c) for n, c in tallies.values() if n]
+    pairs = list(tallies(played).values())
     ks = range(1, cfg.num_trials + 1)
     return {
         "stage": cfg.stage or cfg.agent,

@@ -48,3 +48,23 @@ def bootstrap_interval(tallies: Sequence[tuple[int, int]], *, draws: int = 10_00
     picks = np.random.default_rng(seed).integers(0, len(rates), size=(draws, len(rates)))
     low, high = np.quantile(rates[picks].mean(axis=1), [0.025, 0.975])
     return [float(low), float(high)]
+
+
+def bootstrap_difference(
+    pairs: Sequence[tuple[tuple[int, int], tuple[int, int]]], *, draws: int = 10_000, seed: int = 0
+) -> tuple[float, list[float]]:
+    """pass@1 of the second minus that of the first, and its 95% percentile interval under resampling of tasks.
+
+    pairs: both (trials, successes) of each task. A task's two rates are drawn together, because a task
+    that is hard for one agent is hard for the other. Where every task moved alike, resampling shows no
+    spread; then bootstrap_interval's bound says how far off the mean may be.
+    """
+    gaps = np.sort([new[1] / new[0] - old[1] / old[0] for old, new in pairs if old[0] and new[0]])
+    if not len(gaps):
+        return 0.0, [-1.0, 1.0]
+    if gaps[0] == gaps[-1]:
+        reach, gap = 1.0 - 0.025 ** (1.0 / len(gaps)), float(gaps[0])
+        return gap, [max(-1.0, gap - reach), min(1.0, gap + reach)]
+    picks = np.random.default_rng(seed).integers(0, len(gaps), size=(draws, len(gaps)))
+    low, high = np.quantile(gaps[picks].mean(axis=1), [0.025, 0.975])
+    return float(gaps.mean()), [float(low), float(high)]

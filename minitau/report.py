@@ -1,33 +1,273 @@
-"""What a person looks at: the table of results, and the picture of a pipeline.
+"""What a person looks at: tables, the picture of a pipeline, two conversations side by side, one sentence.
 
-Both show what runs wrote (results rows, metrics lines) and compute nothing.
+All of it is made of what runs left on disk: results rows, metrics lines, episodes. Nothing here plays
+or trains anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+import statistics
+import unicodedata
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from minitau.episode import BadInput, Check, Stop, Trajectory
+from minitau.log import whole_lines
+
 DOMAIN_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee")
+
+# -- episodes on disk ----------------------------------------------------------------------------------
+
+
+def read_episodes(folder: Path) -> dict[tuple[str, int], Trajectory]:
+    """An evaluation's episodes by (task key, trial). A line that was cut by a crash is not one.
+
+    One that broke on our side is played again by a resumed evaluation; then its second line counts.
+    Raises BadInput if a line is no episode.
+    """
+    lines = [line for path in sorted(folder.glob("episodes-*.jsonl")) for line in whole_lines(path)]
+    try:
+        episodes = [Trajectory.from_json(json.loads(line)) for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{folder}: an episode on disk cannot be read ({error}); choose another --out") from None
+    broken_first = sorted(episodes, key=lambda t: not t.stop.ours)
+    return {(t.task.key, t.sample): t for t in broken_first}
+
+
+def by_domain(played: Sequence[Trajectory]) -> list[tuple[str, list[Trajectory]]]:
+    """The episodes of each domain, and of "all" where there is more than one."""
+    domains = sorted({t.task.domain for t in played})
+    each = [(domain, [t for t in played if t.task.domain == domain]) for domain in domains]
+    return [*each, ("all", list(played))] if len(domains) > 1 else each
+
+
+def tallies(played: Sequence[Trajectory]) -> dict[str, tuple[int, int]]:
+    """(trials, successes) of each task that has a verdict; what broke on our side is no trial."""
+    found: dict[str, tuple[int, int]] = {}
+    for t in played:
+        if not t.stop.ours:
+            n, c = found.get(t.task.key, (0, 0))
+            found[t.task.key] = (n + 1, c + t.success)
+    return found
+
+
+# -- tables --------------------------------------------------------------------------------------------
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as aligned text, in percent."""
     n = max(r["trials"] for r in rows)
     shown = ["pass@1", f"pass@{n}", f"pass^{n}"] if n > 1 else ["pass@1"]
-    head = ["stage", "domain", "split", "tasks", *shown, "95% of pass@1", "stops"]
+    lines = [["stage", "domain", "split", "tasks", *shown, "95% of pass@1", "stops"]]
+    for r in rows:
+        scores = [percent(r.get(name)) for name in shown]
+        total = sum(r["stops"].values())
+        stops = ", ".join(f"{name} {100 * count / total:.0f}%" for name, count in r["stops"].items())
+        lines.append([r["stage"], r["domain"], r["split"], str(r["tasks"]), *scores, interval(r["ci95"]), stops])
+    return aligned(lines)
+
+
+def pooled_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of several seeds together (see study.pooled) as aligned text, in percent."""
+    n = max(r["trials"] for r in rows)
+    head = ["stage", "domain", "tasks", "episodes", "pass@1", "95% of pass@1", "by seed", f"pass@{n}", f"pass^{n}"]
     lines = [head]
     for r in rows:
-        scores = ["-" if r.get(k) is None else f"{100 * r[k]:.1f}" for k in shown]
-        low, high = r["ci95"]
-        total = sum(r["stops"].values())
-        stops = ", ".join(f"{k} {100 * v / total:.0f}%" for k, v in r["stops"].items())
-        lines.append(
-            [r["stage"], r["domain"], r["split"], str(r["tasks"]), *scores, f"{100 * low:.1f}..{100 * high:.1f}", stops]
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        seeds = " ".join(f"{seed}:{percent(value)}" for seed, value in r["by_seed"].items())
+        scores = [percent(r["pass@1"]), interval(r["ci95"]), seeds, percent(r[f"pass@{n}"]), percent(r[f"pass^{n}"])]
+        lines.append([r["stage"], r["domain"], str(r["tasks"]), str(r["episodes"]), *scores])
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def interval(ends: Sequence[float]) -> str:
+    return "..".join(percent(end) for end in ends)
+
+
+# -- what changed, in one sentence ----------------------------------------------------------------------
+
+# A rate is named if it moved by more standard errors than this. About twenty rates are looked at
+# together: at two standard errors, one of them would seem to move where nothing did.
+NOISE = 3.0
+CHECKS_NAMED, STOPS_NAMED = 4, 3
+Rates = dict[tuple[str, str], dict[str, list[bool]]]  # (check or stop, its name) -> task key -> outcomes
+
+
+def changes(before: Sequence[Trajectory], after: Sequence[Trajectory]) -> str:
+    """One sentence: the checks whose pass rate moved most, and the reasons to stop whose share did.
+
+    Both are evaluations of the same tasks; what broke on our side is left out. A rate is the mean over
+    tasks of each task's own rate. It has moved if the mean of the tasks' differences is more than
+    NOISE of its standard errors: trials of one task resemble each other, so tasks are what is counted.
+    """
+    rates = outcomes(before), outcomes(after)
+    moved = {key: move for key in rates[0].keys() & rates[1].keys() if (move := moves(*(r[key] for r in rates)))}
+    largest = sorted(moved, key=lambda key: (-abs(moved[key][1] - moved[key][0]), key))
+    checks = [key for key in largest if key[0] == "check"][:CHECKS_NAMED]
+    stops = [key for key in largest if key[0] == "stop"][:STOPS_NAMED]
+
+    def up(keys: Sequence[tuple[str, str]], wanted: bool) -> str:
+        chosen = [key for key in keys if (moved[key][1] > moved[key][0]) == wanted]
+        return ", ".join(f"{key[1]} ({moved[key][0]:.0%} to {moved[key][1]:.0%})" for key in chosen)
+
+    parts = [
+        f"{what} {names}"
+        for what, names in (
+            ("more often right:", up(checks, True)),
+            ("less often right:", up(checks, False)),
+            ("more episodes ended by", up(stops, True)),
+            ("fewer episodes ended by", up(stops, False)),
+        )
+        if names
+    ]
+    tasks = len({t.task for t in before} & {t.task for t in after})
+    rule = f"{NOISE:g} standard errors of the difference over {tasks} tasks"
+    if not parts:
+        return f"No check's pass rate and no reason to stop moved by more than {rule}."
+    sentence = "; ".join(parts)
+    return f"{sentence[0].upper()}{sentence[1:]} (named is what moved most, and by more than {rule})."
+
+
+def outcomes(played: Sequence[Trajectory]) -> Rates:
+    """What each episode with a verdict did, by check and by reason to stop."""
+    rates: Rates = {("stop", stop.value): {} for stop in Stop if not stop.ours}
+    for t in played:
+        if t.stop.ours:
+            continue
+        for stop in Stop:
+            if not stop.ours:
+                rates["stop", stop.value].setdefault(t.task.key, []).append(t.stop == stop)
+        for check in t.evaluation.checks if t.evaluation else ():
+            rates.setdefault(("check", group_of(check)), {}).setdefault(t.task.key, []).append(check.passed)
+    return rates
+
+
+def group_of(check: Check) -> str:
+    """The name under which a check is counted together with its like in other tasks."""
+    match check.kind:
+        case "action":
+            return f"calling {check.name.partition('(')[0]}"
+        case "communicate":
+            return "saying what had to be said"
+        case _:
+            return f"{check.kind}: {check.name}"
+
+
+def moves(before: dict[str, list[bool]], after: dict[str, list[bool]]) -> tuple[float, float] | None:
+    """The two rates over the tasks that both have, if they differ by more than noise; else None."""
+    tasks = before.keys() & after.keys()
+    if not tasks:
+        return None
+    pairs = [(statistics.fmean(before[task]), statistics.fmean(after[task])) for task in sorted(tasks)]
+    # One imaginary task that did not move: a few tasks that all moved alike would else seem free of noise.
+    differences = [0.0, *(new - old for old, new in pairs)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    if abs(statistics.fmean(differences)) <= NOISE * error:
+        return None
+    return statistics.fmean(old for old, _ in pairs), statistics.fmean(new for _, new in pairs)
+
+
+# -- two conversations -----------------------------------------------------------------------------------
+
+NARROW = 80  # a terminal with fewer columns shows two conversations one under the other
+BAR = " | "
+LABEL = 10  # columns of the speaker's name
+
+
+def side_by_side(before: Trajectory, after: Trajectory, titles: tuple[str, str], width: int = 120) -> str:
+    """Two episodes as two columns of text, `width` columns in all; one under the other if that is narrow.
+
+    Above each stand its title, reward and stop, below it the checks that failed. The policy is left out.
+    """
+    one_column = width < NARROW
+    column = max(LABEL + 10, width if one_column else (width - len(BAR)) // 2)
+    left, right = (parts(t, title, column) for t, title in zip((before, after), titles))
+    if one_column:
+        return "\n".join(line for part in (*left, [""], *right) for line in part)
+    rows = [row for both in zip(left, right) for row in zip_longest(*both, fillvalue="")]
+    return "\n".join(f"{a}{' ' * (column - columns(a))}{BAR}{b}".rstrip() for a, b in rows)
+
+
+def parts(t: Trajectory, title: str, column: int) -> list[list[str]]:
+    """Head, conversation and foot of an episode, each as lines of at most `column` columns."""
+    stop = t.stop.value if t.stop else "nothing"
+    head = [*wrap(title, column), *wrap(f"reward {t.reward:.2f}, ended by {stop}", column), "-" * column]
+    body = []
+    for label, text in spoken(t):
+        lines = wrap(text, column - LABEL)
+        body += [f"{label.ljust(LABEL)}{lines[0]}", *(" " * LABEL + line for line in lines[1:])]
+    return [head, body, ["-" * column, *(line for text in verdict(t) for line in wrap(text, column))]]
+
+
+def spoken(t: Trajectory) -> Iterator[tuple[str, str]]:
+    """Who said what, in order: customer and agent, the agent's calls and their results."""
+    for message in t.messages:
+        match message.role:
+            case "user":
+                yield "customer", message.content
+            case "tool":
+                yield "result", message.content
+            case "assistant":
+                if message.content or not message.calls:  # beside calls, text is a thought that nobody hears
+                    yield "thought" if message.calls else "agent", message.content or "(no words)"
+                for call in message.calls:
+                    yield "call", f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)})"
+
+
+def verdict(t: Trajectory) -> list[str]:
+    """What the grader found wrong, a line each."""
+    if not t.evaluation:
+        return [f"no verdict: {t.detail}"]
+    failed = [f"failed {check.kind}: {check.name}" for check in t.evaluation.checks if not check.passed]
+    return failed or ["all checks passed" if t.evaluation.checks else "nothing was checked"]
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """`text` as lines of at most `width` columns; at least one line. A longer word is cut.
+
+    A model or a customer wrote it, so nothing in it may steer the terminal: whatever cannot be
+    printed is dropped.
+    """
+    lines = []
+    for whole in text.splitlines() or [""]:
+        line, used = "", 0
+        for word in "".join(c if c.isprintable() else " " if c.isspace() else "" for c in whole).split():
+            if line and used + 1 + columns(word) > width:
+                lines.append(line)
+                line, used = "", 0
+            if line:
+                line, used = f"{line} ", used + 1
+            for c in word:
+                if used + columns(c) > width:
+                    lines.append(line)
+                    line, used = "", 0
+                line, used = line + c, used + columns(c)
+        lines.append(line)
+    return lines
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal `text` takes: East Asian letters and most emoji take two, accents none."""
+    accents = ("Mn", "Me")
+    wide = ("W", "F")
+    return sum(
+        0 if unicodedata.category(c) in accents else 2 if unicodedata.east_asian_width(c) in wide else 1 for c in text
+    )
+
+
+# -- the picture -----------------------------------------------------------------------------------------
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], curves: dict[str, list[dict[str, Any]]]) -> None:

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from minitau.estimators import bootstrap_interval, mean_over_tasks, pass_at_k, pass_hat_k
+from minitau.estimators import bootstrap_difference, bootstrap_interval, mean_over_tasks, pass_at_k, pass_hat_k
 
 CASES = [(n, c, k) for n in range(1, 8) for c in range(n + 1) for k in range(1, n + 1)]
 
@@ -106,3 +106,20 @@ def test_interval_without_trials():
     assert bootstrap_interval([]) == [0.0, 1.0]
     assert bootstrap_interval([(0, 0)]) == [0.0, 1.0]
     assert bootstrap_interval([(0, 0), (4, 2)]) == [0.5, 0.5]  # lost tasks are left out
+
+
+def test_a_difference_is_taken_task_by_task():
+    """Tasks of very different difficulty, each a little easier afterwards: pairs see it, separate intervals do not."""
+    pairs = [((4, c), (4, c + 1)) for c in (0, 1, 2, 3)] * 6 + [((4, 0), (4, 0))] * 2
+    gap, (low, high) = bootstrap_difference(pairs)
+    assert gap == pytest.approx(0.25 * 24 / 26) and 0.15 < low < gap < high <= 0.25
+    assert (gap, [low, high]) == bootstrap_difference(pairs[::-1])
+    swapped, ends = bootstrap_difference([(new, old) for old, new in pairs])
+    assert swapped == pytest.approx(-gap) and ends == pytest.approx([-high, -low], abs=0.01)
+
+
+def test_a_difference_without_spread_or_tasks_is_not_certain():
+    gap, (low, high) = bootstrap_difference([((4, 2), (4, 2))] * 20)
+    assert gap == 0.0 and low == -high and 0.1 < high < 0.2
+    assert bootstrap_difference([((4, 0), (4, 4))])[1] == [pytest.approx(0.025), 1.0]
+    assert bootstrap_difference([]) == (0.0, [-1.0, 1.0]) == bootstrap_difference([((0, 0), (4, 1))])
