@@ -7,113 +7,216 @@ Every step goes on where it was, so that the demo itself can be interrupted and 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minitau import checkpoint, config, report
 from minitau.config import setting
-from minitau.episode import BadInput
-from minitau.log import run_script, whole_lines
+from minitau.envs import open_world
+from minitau.episode import BadInput, Task, Trajectory
+from minitau.log import file_sha256, run_script, whole_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = ".minitau-demo"  # says that a folder is a demo's
 
+# What each stage adds to its script's defaults; sizes are flags of the demo's own.
+COMMON = "--micro-batch-tokens 8192 --max-tokens 2048"
+FLAGS = {
+    "sft": f"--lr 3e-3 --batch-size 8 --save-every 100 {COMMON}",
+    "rft": f"--lr 3e-4 --batch-size 8 {COMMON}",
+    "grpo": f"--lr 1e-4 --tasks-per-step 8 --group-size 8 --max-rounds 2 {COMMON}",
+    "eval": "--temperature 1 --num-trials 4",
+}
+FLOORS = ("refuse", "transfer")
+PATIENCE = 20.0  # seconds that an interrupted script gets to end by itself
+
 
 @dataclass(frozen=True, kw_only=True)
-class Demo:
-    """The pipeline in a quarter of an hour on two cores."""
+class Sizes:
+    """What one pipeline is made of."""
 
-    out: str = setting("outputs/demo", "folder of the whole demo")
-    resume: bool = setting(True, "go on where an earlier demo in --out was; --no-resume starts over")
-    seed: int = setting(0, "of everything")
-    tasks: int = setting(18, "test tasks a domain in each evaluation")
+    base: str = setting("models/base", "the model to start from, relative to the repository")
+    resume: bool = setting(True, "go on where an earlier one in --out was; --no-resume starts over")
+    tasks: int = setting(18, "test tasks a domain in each evaluation, four trials each")
     demonstrations: int = setting(0, "conversations of a flawed scripted agent for SFT; 0 is one a training task")
     sft_epochs: int = setting(10, "passes over them")
     rft_tasks: int = setting(96, "training tasks that RFT samples, four times each")
     steps: int = setting(16, "GRPO steps of 8 tasks x 8 samples")
 
 
-def run(*command: str) -> None:
-    """Run one of the project's scripts, shown as it would be typed. Raises BadInput if it fails."""
-    print("\n$ python " + " ".join(command), flush=True)
-    status = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
-    if status:
-        raise BadInput(f"the step above ended with status {status}; the same command goes on from there")
+@dataclass(frozen=True, kw_only=True)
+class Demo(Sizes):
+    """The pipeline in a quarter of an hour on two cores."""
+
+    out: str = setting("outputs/demo", "folder of the whole demo")
+    seed: int = setting(0, "of everything")
 
 
-def train(stage: str, out: Path, model: Path, *flags: str) -> Path:
-    """Train one stage unless that is done; the model it made."""
-    if not (out / "model").is_dir():
-        run("train.py", "--stage", stage, "--model", str(model), "--out", str(out), "--resume", *flags)
-    return out / "model"
-
-
-def evaluate(cfg: Demo, name: str, *flags: str) -> list[dict[str, Any]]:
-    """Evaluate on held-out tasks unless that is done; the table's rows."""
-    out = Path(cfg.out).resolve() / f"eval-{name}"
-    if not (out / "results.json").is_file():
-        tasks = ("--tasks", str(cfg.tasks), "--num-trials", "4", "--seed", str(cfg.seed))
-        run("eval.py", "--stage", name, "--out", str(out), "--resume", *tasks, *flags)
-    return json.loads((out / "results.json").read_text())
+# -- the pipeline ----------------------------------------------------------------------------------------
 
 
 def pipeline(cfg: Demo) -> list[dict[str, Any]]:
     """Every stage and its evaluation, in order; all rows of the table."""
-    out = Path(cfg.out).resolve()
-    seed = ("--seed", str(cfg.seed))
-    base, data = out / "base", out / "demonstrations.jsonl"
-    if not (base / "config.json").is_file():
-        run("-m", "minitau.tiny", "--out", str(base), "--layers", "2", *seed)
+    out = folder(cfg)
+    base, data = ROOT / cfg.base, out / "demonstrations.jsonl"
     if not data.is_file():
-        run("-m", "minitau.sft", "--agent", "flawed", "--tasks", str(cfg.demonstrations), "--out", str(data), *seed)
+        source = ("--agent", "flawed", "--tasks", str(cfg.demonstrations), "--seed", str(cfg.seed))
+        run("-m", "minitau.sft", *source, "--out", str(data))
     rows = []
-    for floor in ("refuse", "transfer"):
+    for floor in FLOORS:
         rows += evaluate(cfg, floor, "--agent", floor)
     rows += evaluate(cfg, "base", "--model", str(base))
-    common = ("--batch-size", "8", "--micro-batch-tokens", "8192", "--max-tokens", "2048", *seed)
-    epochs = ("--epochs", str(cfg.sft_epochs))
-    model = train(
-        "sft", out / "sft", base, "--data", str(data), "--lr", "3e-3", *epochs, "--save-every", "100", *common
-    )
+    model = train(cfg, "sft", "sft", base, "--data", str(data), "--epochs", str(cfg.sft_epochs))
     rows += evaluate(cfg, "sft", "--model", str(model))
-    model = train("rft", out / "rft", model, "--tasks", str(cfg.rft_tasks), "--lr", "3e-4", *common)
+    model = train(cfg, "rft", "rft", model, "--tasks", str(cfg.rft_tasks))
     rows += evaluate(cfg, "rft", "--model", str(model))
-    size = ("--steps", str(cfg.steps), "--tasks-per-step", "8", "--group-size", "8", "--max-rounds", "2")
-    model = train("grpo", out / "grpo", model, "--lr", "1e-4", *size, *common[2:])
+    model = train(cfg, "grpo", "grpo", model, "--steps", str(cfg.steps))
     return rows + evaluate(cfg, "grpo", "--model", str(model))
 
 
-def claim(cfg: Demo, out: Path) -> None:
-    """Make the demo's folder. One that holds something else is neither used nor, above all, removed."""
-    marker = out / MARKER
-    if out.exists() and any(out.iterdir()) and not marker.is_file():
-        raise BadInput(f"{out} is not empty and holds no demo; choose another --out")
-    if not cfg.resume:
+def folder(cfg: Demo) -> Path:
+    return Path(cfg.out).resolve()
+
+
+def train(cfg: Demo, name: str, stage: str, model: Path, *flags: str, script: Sequence[str] = ("train.py",)) -> Path:
+    """Train one stage in OUT/name unless that is done; the model it made."""
+    out = folder(cfg) / name
+    if not (out / "model").is_dir():
+        places = ("--stage", stage, "--model", str(model), "--out", str(out), "--resume")
+        run(*script, *places, *flags, *FLAGS[stage].split(), "--seed", str(cfg.seed))
+    return out / "model"
+
+
+def evaluate(cfg: Demo, name: str, *flags: str) -> list[dict[str, Any]]:
+    """Evaluate on held-out tasks in OUT/eval-name unless that is done; the table's rows."""
+    out = folder(cfg) / f"eval-{name}"
+    if not (out / "results.json").is_file():
+        size = ("--tasks", str(cfg.tasks), "--seed", str(cfg.seed))
+        run("eval.py", "--stage", name, "--out", str(out), "--resume", *FLAGS["eval"].split(), *size, *flags)
+    return json.loads((out / "results.json").read_text())
+
+
+def run(*command: str) -> None:
+    """Run one of the project's scripts, shown as it would be typed. Raises BadInput if it fails."""
+    print("\n$ python " + " ".join(command), flush=True)
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            end(process)
+            raise
+    if status:
+        raise BadInput(f"the step above ended with status {status}; the same command goes on from there")
+
+
+def end(process: subprocess.Popen) -> None:
+    """Wait for a script that is being interrupted as we are; if it is not, ask it to end, and then make it."""
+    for more in (process.terminate, process.kill):
+        try:
+            process.wait(PATIENCE)
+            return
+        except subprocess.TimeoutExpired:
+            more()
+
+
+# -- its folder --------------------------------------------------------------------------------------------
+
+
+def identity(cfg: Sizes, *leave_out: str) -> dict[str, Any]:
+    """What makes a pipeline what it is: its settings, the stages' flags, the weights it starts from.
+
+    Raises BadInput if there is no model to start from.
+    """
+    base = ROOT / cfg.base
+    if not (base / "config.json").is_file():
+        raise BadInput(f"{base} holds no model (there is no config.json in it); choose another --base")
+    weights = {path.name: file_sha256(path) for path in sorted(base.glob("*.safetensors"))}
+    kept = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("resume", *leave_out)}
+    return json.loads(json.dumps({**kept, "flags": FLAGS, "weights": weights}))
+
+
+def claim(out: Path, marker: str, identity: dict[str, Any], resume: bool) -> None:
+    """Make a folder ours, under the name `marker`. One that holds something else is neither used nor, above
+    all, removed. Raises BadInput for such a folder, and for one of other settings."""
+    path = out / marker
+    if out.is_file():
+        raise BadInput(f"{out} is a file; --out must be a folder")
+    if out.exists() and any(out.iterdir()) and not path.is_file():
+        raise BadInput(f"{out} is not empty and was not made by this command; choose another --out")
+    if not resume:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps({**dataclasses.asdict(cfg), "out": "", "resume": True})
-    if marker.is_file() and marker.read_text() != settings:
-        raise BadInput(f"{out} holds a demo with other settings; --no-resume starts over, or choose another --out")
-    marker.write_text(settings)
+    settings = json.dumps(identity)
+    if path.is_file() and path.read_text() != settings:
+        raise BadInput(
+            f"{out} was begun with other settings or another base model; --no-resume starts over, or choose another "
+            "--out"
+        )
+    path.write_text(settings)
+
+
+# -- what it shows -----------------------------------------------------------------------------------------
+
+
+def tasks_in_turn(cfg: Sizes) -> list[Task]:
+    """The tasks of each evaluation, one of each family in turn."""
+    settings = config.Evaluation()
+    world = open_world(settings)
+    families = [world.tasks(domain, settings.split)[: cfg.tasks or None] for domain in settings.domains]
+    return [task for row in itertools.zip_longest(*families) for task in row if task is not None]
+
+
+def choose(
+    tasks: Sequence[Task],
+    before: Mapping[tuple[str, int], Trajectory],
+    after: Mapping[tuple[str, int], Trajectory],
+) -> tuple[Task, bool]:
+    """The first of `tasks` whose first trial failed before and succeeded after, and True.
+
+    The first task, and False, if there is none. Episodes that broke on our side show neither.
+    """
+    for task in tasks:
+        old, new = before.get((task.key, 0)), after.get((task.key, 0))
+        if old and new and not old.stop.ours and not old.success and new.success:
+            return task, True
+    return tasks[0], False
+
+
+def comparison(cfg: Demo, width: int) -> str:
+    """What GRPO changed: one sentence, and one conversation before and after it."""
+    before, after = (report.read_episodes(folder(cfg) / f"eval-{stage}") for stage in ("rft", "grpo"))
+    task, found = choose(tasks_in_turn(cfg), before, after)
+    caption = f"Test task {task.domain}/{task.id}, before and after GRPO. "
+    if found:
+        caption += "Chosen as the first one, families in turn, whose first trial failed before and succeeded after."
+    else:
+        caption += "It is the first one: there is none whose first trial failed before and succeeded after."
+    old, new = before[task.key, 0], after[task.key, 0]
+    shown = report.side_by_side(old, new, ("after RFT, before GRPO", "after GRPO"), width)
+    changed = report.changes(list(before.values()), list(after.values()))
+    return f"From RFT to GRPO: {changed}\n\n{caption}\n\n{shown}"
 
 
 def main(argv: list[str]) -> None:
     start = time.perf_counter()
     cfg = config.parse(Demo, "make demo", "base, SFT, RFT and GRPO on one CPU.", argv)
-    out = Path(cfg.out).resolve()
-    claim(cfg, out)
+    out = folder(cfg)
+    claim(out, MARKER, identity(cfg, "out"), cfg.resume)
     rows = pipeline(cfg)
-    checkpoint.write_json(out / "results.json", rows)
     stages = ("sft", "rft", "grpo")
     curves = {stage: [json.loads(line) for line in whole_lines(out / stage / "metrics.jsonl")] for stage in stages}
     report.draw(out / "learning.png", rows, curves)
     print(f"\n{report.table(rows)}\n")
+    print(f"{comparison(cfg, width=min(140, shutil.get_terminal_size((120, 24)).columns))}\n")
+    checkpoint.write_json(out / "results.json", rows)  # last: it says that the demo is done
     print(f"{out / 'results.json'} and {out / 'learning.png'} are written; {time.perf_counter() - start:.0f} s in all")
 
 

@@ -1,44 +1,308 @@
-"""The commands that people type, whole: the demo at its smallest, and GRPO under torchrun on CPUs."""
+"""What people type, whole: the demo and a study's arms at their smallest, and GRPO under torchrun on CPUs."""
 
+import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from minitau import checkpoint
-from minitau.log import whole_lines
+import pytest
+
+import eval as evaluation
+import train
+from minitau import checkpoint, demo, sft, study
+from minitau.episode import BadInput, Evaluation, Stop, Task, Trajectory
+from minitau.estimators import bootstrap_interval
+from minitau.log import run_script, whole_lines
 
 ROOT = Path(__file__).parent.parent
+STAGES = ["refuse", "transfer", "base", "sft", "rft", "grpo"]
+RUN = demo.run  # which most tests replace
+SHORT = "--max-turns 2 --max-new-tokens 12"
+SMALL_FLAGS = {
+    "sft": "--batch-size 8",
+    "rft": f"--batch-size 8 --min-partial 0 {SHORT}",
+    "grpo": f"--lr 1e-3 --tasks 6 --no-screen --tasks-per-step 3 --group-size 2 --max-rounds 2 {SHORT}",
+    "eval": f"--temperature 1 --num-trials 4 {SHORT}",
+}
 
 
 def command(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
 
 
-def test_the_demo_goes_through_every_stage(tmp_path):
-    out = tmp_path / "demo"
-    text = "--tasks 1 --demonstrations 24 --sft-epochs 1 --rft-tasks 3 --steps 1"
-    flags = text.split()
-    done = command("-m", "minitau.demo", "--out", str(out), *flags)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.fixture(scope="module")
+def ran():
+    """The commands of the demo and of arms, which run in this process for as long as the fixture lives."""
+    commands = []
+    mains = {"train.py": train.main, "eval.py": evaluation.main, "minitau.sft": sft.main}
+
+    def run(*words):
+        commands.append(words)
+        at = next(i for i, word in enumerate(words) if word in mains)
+        if run_script(words[at], mains[words[at]], list(words[at + 1 :])):
+            raise BadInput("the step failed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "run", run)
+        patch.setattr(demo, "FLAGS", SMALL_FLAGS)
+        yield commands
+
+
+@pytest.fixture(scope="module")
+def played(ran, tiny_dir, tmp_path_factory):
+    """A study's folder in which the first seed's demo is done, and the study's settings."""
+    out = tmp_path_factory.mktemp("study")
+    sizes = {"base": str(tiny_dir), "tasks": 1, "demonstrations": 24, "sft_epochs": 1, "rft_tasks": 3, "steps": 2}
+    cfg = study.Study(out=str(out), seeds=("0",), **sizes)
+    demo.main(list(study.demo_part(cfg, "0").command[2:]))
+    return cfg
+
+
+def test_the_demo_goes_through_every_stage(ran, played, capsys):
+    out = Path(played.out) / "seed-0"
     rows = json.loads((out / "results.json").read_text())
-    stages = ["refuse", "transfer", "base", "sft", "rft", "grpo"]
-    assert [row["stage"] for row in rows if row["domain"] == "all"] == stages
+    assert [row["stage"] for row in rows if row["domain"] == "all"] == STAGES
+    assert [row["domain"] for row in rows[:4]] == ["claims", "desk", "locker", "all"]
     for row in rows:
         wanted = {"stage", "domain", "split", "tasks", "trials", "pass@1", "pass@4", "pass^4", "ci95", "seconds"}
         assert wanted <= row.keys()
         low, high = row["ci95"]
         assert 0 <= low <= row["pass@1"] <= high <= 1 and row["split"] == "test" and row["trials"] == 4
+        assert row["temperature"] == 1
     assert (out / "learning.png").read_bytes().startswith(b"\x89PNG")
-    assert all(f"{stage} " in done.stdout for stage in stages), "the table is printed"
+    models = [words[words.index("--model") + 1] for words in ran if words[0] == "train.py"]
+    assert models[:3] == [played.base, str(out / "sft" / "model"), str(out / "rft" / "model")]
 
-    # Interrupted before the table: the second run plays and trains nothing again, and ends the same.
+    # Interrupted before the end: the second run plays and trains nothing again, and ends the same.
     (out / "results.json").unlink()
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.jsonl")}
-    again = command("-m", "minitau.demo", "--out", str(out), *flags)
-    assert again.returncode == 0 and "$ python" not in again.stdout
-    assert json.loads((out / "results.json").read_text()) == rows
+    number = len(ran)
+    demo.main(list(study.demo_part(played, "0").command[2:]))
+    assert len(ran) == number and json.loads((out / "results.json").read_text()) == rows
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*.jsonl")}
+    shown = capsys.readouterr().out
+    assert all(f"{stage} " in shown for stage in STAGES) and "claims" in shown, "the table is printed"
+    places = [shown.index(text) for text in ("pass^4", "From RFT to GRPO: ", "before and after GRPO. ", "learning.png")]
+    assert places == sorted(places) and "customer  " in shown
+
+
+def test_a_demo_does_not_go_on_with_other_settings_or_weights(ran, played, tmp_path, tiny_dir, capsys):
+    out, flags = Path(played.out) / "seed-0", list(study.demo_part(played, "0").command[2:])
+    before = (out / "results.json").read_bytes()
+    assert run_script("make demo", demo.main, [*flags, "--steps", "3"]) == 2
+    assert "other settings" in capsys.readouterr().err
+    (tmp_path / "base").mkdir()
+    for path in tiny_dir.iterdir():
+        content = path.read_bytes()
+        (tmp_path / "base" / path.name).write_bytes(content[:-1] + b"\0" if path.suffix == ".safetensors" else content)
+    cfg = demo.Demo(base=str(tmp_path / "base"))
+    assert demo.identity(cfg)["weights"] != demo.identity(demo.Demo(base=str(tiny_dir)))["weights"]
+    assert (out / "results.json").read_bytes() == before
+
+
+def test_a_demo_needs_a_base_model_and_a_folder_of_its_own(tmp_path, tiny_dir):
+    out = tmp_path / "out"
+    done = command("-m", "minitau.demo", "--base", str(tmp_path), "--out", str(out))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{tmp_path} holds no model" in done.stderr and "--base" in done.stderr and not out.exists()
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "letters.txt").write_text("mine")
+    done = command("-m", "minitau.demo", "--base", str(tiny_dir), "--out", str(stranger), "--no-resume")
+    assert done.returncode == 2 and "not made by this command" in done.stderr
+    assert (stranger / "letters.txt").read_text() == "mine"
+
+
+def test_a_step_that_fails_ends_the_demo(capfd):
+    RUN("-c", "print('fine')")
+    with pytest.raises(BadInput, match="status 3"):
+        RUN("-c", "raise SystemExit(3)")
+    assert "$ python -c" in capfd.readouterr().out
+
+
+def verdict(task, sample, reward, stop=Stop.USER_STOP):
+    return Trajectory(task, sample, stop=stop, evaluation=None if stop.ours else Evaluation(reward))
+
+
+def test_the_shown_task_is_the_first_that_came_right():
+    tasks = [Task("desk", "test", f"{i}") for i in range(5)]
+
+    def trials(*rewards):
+        return {(task.key, 0): verdict(task, 0, reward) for task, reward in zip(tasks, rewards)}
+
+    before, after = trials(1, 0, 0, 0, 0), trials(1, 0, 1, 1, 0)
+    assert demo.choose(tasks, before, after) == (tasks[2], True)
+    assert demo.choose(tasks[::-1], before, after) == (tasks[3], True)
+    before[tasks[2].key, 0] = verdict(tasks[2], 0, 0, Stop.ENGINE_ERROR)
+    assert demo.choose(tasks, before, after) == (tasks[3], True)
+    del after[tasks[3].key, 0]
+    after[tasks[4].key, 1] = verdict(tasks[4], 1, 1)  # a second trial shows nothing
+    assert demo.choose(tasks, before, after) == (tasks[0], False)
+
+
+def test_the_families_take_turns():
+    tasks = demo.tasks_in_turn(demo.Demo(tasks=2))
+    assert [task.domain for task in tasks] == ["desk", "claims", "locker"] * 2
+    assert len(set(tasks)) == 6 and {task.split for task in tasks} == {"test"}
+
+
+# -- a study ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", [*study.ARMS, study.TWO_RANKS])
+def test_an_arm_starts_from_rft_and_plays_as_much_as_grpo(ran, played, arm):
+    cfg = study.demo_of(played, "0")
+    out, number = Path(cfg.out), len(ran)
+    budget = study.episodes_played(out / "grpo")
+    assert 12 <= budget <= 24
+    study.play_arm(cfg, arm)
+    assert len(ran) == number + 2
+    settings = json.loads((out / arm / "config.json").read_text())
+    assert settings["model"] == str(out / "rft" / "model") and settings["seed"] == 0
+    assert settings["stage"] == ("rft" if arm == "more-rft" else "grpo")
+    if settings["stage"] == "grpo":
+        assert settings["curriculum"] == (arm != "no-curriculum")
+        assert settings["shuffle_rewards"] == (arm == "shuffled")
+    more = study.episodes_played(out / arm) - budget
+    assert arm == study.TWO_RANKS or 0 <= more < 12, "less than a step above the budget"
+    rows = json.loads((out / f"eval-{arm}" / "results.json").read_text())
+    assert rows[-1]["stage"] == arm and sum(rows[-1]["stops"].values()) == 12
+    study.play_arm(cfg, arm)
+    assert len(ran) == number + 2, "what is done is not done twice"
+
+
+def test_an_arm_needs_its_demo(ran, played):
+    with pytest.raises(BadInput, match="no finished demo"):
+        study.play_arm(study.demo_of(played, "7"), "shuffled")
+
+
+def test_a_budget_holds_over_a_resume(ran, played, tmp_path):
+    """Two commands play what one plays: the second one knows what the first has used up."""
+    cfg = study.demo_of(played, "0")
+    start = Path(cfg.out) / "rft" / "model"
+    flags = [
+        "--stage",
+        "grpo",
+        "--model",
+        str(start),
+        "--resume",
+        "--no-dynamic-sampling",
+        *SMALL_FLAGS["grpo"].split(),
+    ]
+    train.main([*flags, "--out", str(tmp_path / "a"), "--steps", "9", "--episodes", "13"])
+    assert study.episodes_played(tmp_path / "a") == 18  # steps of 6
+    for steps in ("2", "9", "9"):
+        train.main([*flags, "--out", str(tmp_path / "b"), "--steps", steps, "--episodes", "13"])
+    assert study.episodes_played(tmp_path / "b") == 18
+    ours, theirs = (dict(checkpoint.read_safetensors(tmp_path / name / "model")) for name in "ab")
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_the_summary_of_what_is_finished(ran, played):
+    found = study.summary(dataclasses.replace(played, seeds=("0", "1")))
+    stages = [row["stage"] for row in found["rows"] if row["domain"] == "all"]
+    assert stages[:6] == STAGES and found["sampled"]["grpo"]["0"] >= 12
+    assert all(row["episodes"] == (12 if row["domain"] == "all" else 4) for row in found["rows"])
+    assert found["changes"].keys() == {"sft to grpo", "rft to grpo"}
+    text = study.as_text(found)
+    assert all(text.count(f"\n{stage} ") >= 4 for stage in STAGES) and "grpo over rft: " in text
+    with pytest.raises(BadInput, match="nothing in"):
+        study.summary(dataclasses.replace(played, seeds=("5",)))
+
+
+def test_seeds_are_pooled_task_by_task():
+    tasks = [Task("desk", "test", "a"), Task("desk", "test", "b"), Task("locker", "test", "c")]
+
+    def seed(*solved):  # how many of two trials of each task
+        return [verdict(task, i, float(i < n)) for task, n in zip(tasks, solved) for i in range(2)]
+
+    broken = verdict(tasks[2], 1, 0, Stop.USER_ERROR)
+    by_seed = {"0": seed(2, 0, 1), "1": [*seed(1, 0, 1)[:-1], broken]}
+    desk, locker, whole = study.pooled("grpo", by_seed)
+    assert (desk["domain"], locker["domain"], whole["domain"]) == ("desk", "locker", "all")
+    assert desk["pass@1"] == pytest.approx((3 / 4 + 0) / 2) and desk["tasks"] == 2 and desk["episodes"] == 8
+    assert desk["by_seed"] == {"0": 0.5, "1": 0.25}
+    assert desk["pass^2"] == pytest.approx((0.5 + 0) / 2) and desk["pass@2"] == pytest.approx(0.5)
+    assert locker["pass@1"] == pytest.approx(2 / 3) and locker["errors"] == 1 and locker["pass@2"] == 1.0
+    assert whole["ci95"] == bootstrap_interval([(4, 3), (4, 0), (3, 2)])
+    gain = study.gain({"0": seed(0, 0, 0), "1": seed(2, 2, 2)}, {"0": seed(1, 0, 2)}, "rft")
+    assert gain["seeds"] == ["0"] and gain["gain"] == pytest.approx(0.5), "only the seeds that both have"
+
+
+@pytest.mark.parametrize(("budget", "available"), [(1, 768), (1024, 768), (3072, 768), (3073, 768), (9000, 7)])
+def test_more_rft_gets_its_budget(budget, available):
+    tasks, samples = study.spread(budget, available)
+    assert 1 <= tasks <= available and samples >= 4 and budget <= tasks * samples < budget + samples
+
+
+def parts(monkeypatch, tmp_path, **codes):
+    """A study whose demos and arms are one-line scripts: of `codes`, or ones that leave their proof."""
+
+    def part(cfg, seed, what):
+        proof = tmp_path / f"{seed}-{what}"
+        code = codes.get(what.replace("-", "_"), f"open({str(proof)!r}, 'x').close()")
+        return study.Part(seed, what, ("-c", code), proof)
+
+    monkeypatch.setattr(study, "demo_part", lambda cfg, seed: part(cfg, seed, "demo"))
+    monkeypatch.setattr(study, "arm_parts", lambda cfg, seed: [part(cfg, seed, arm) for arm in study.ARMS])
+    return study.Study(out=str(tmp_path), seeds=("0", "1"), jobs=3)
+
+
+def test_a_study_goes_on_after_a_failure(monkeypatch, tmp_path, capsys):
+    cfg = parts(monkeypatch, tmp_path, shuffled="print('out of luck'); raise SystemExit(4)")
+    assert sorted(map(str, study.play(cfg))) == ["seed 0, shuffled", "seed 1, shuffled"]
+    log = tmp_path / "logs" / "seed-0-shuffled.txt"
+    shown = capsys.readouterr().out.splitlines()
+    assert f"seed 0, shuffled: failed with status 4; see {log}" in shown and log.read_text() == "out of luck\n"
+    assert sum(": done in" in line for line in shown) == 6
+    first = {
+        what: next(i for i, line in enumerate(shown) if f"seed 1, {what}: " in line) for what in ("demo", "more-rft")
+    }
+    assert first["demo"] < first["more-rft"]
+
+    cfg = parts(monkeypatch, tmp_path)
+    assert study.play(cfg) == []
+    shown = capsys.readouterr().out
+    assert shown.count("done before") == 6 and shown.count("started") == 2
+
+
+def test_a_failed_demo_has_no_arms(monkeypatch, tmp_path, capsys):
+    cfg = parts(monkeypatch, tmp_path, demo="pass")  # it ends well, and leaves nothing
+    assert [part.what for part in study.play(cfg)] == ["demo", "demo"]
+    assert "more-rft" not in capsys.readouterr().out
+
+
+def test_an_interrupted_study_leaves_nobody_running(monkeypatch, tmp_path):
+    cfg = parts(monkeypatch, tmp_path, demo="import time; print('here', flush=True); time.sleep(60)")
+    begun, popen, sleep, started = [], study.start, time.sleep, time.perf_counter()
+
+    def starting(cfg, part):
+        begun.append(popen(cfg, part))
+        return begun[-1]
+
+    def interrupted(seconds):
+        monkeypatch.setattr(study.time, "sleep", sleep)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "start", starting)
+    monkeypatch.setattr(study.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study.play(cfg)
+    assert [process.returncode for process in begun] == [-signal.SIGTERM] * 2
+    assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize("flags", ["--seeds 0,0", "--seeds a", "--seeds -1", "--jobs 0", "--arm rft"])
+def test_a_study_with_wrong_settings_is_one_line(flags, tmp_path, capsys):
+    out = tmp_path / "out"
+    try:
+        status = run_script("minitau.study", study.main, ["--out", str(out), *flags.replace(" -", "=-").split()])
+    except SystemExit as error:  # by the parser
+        status = error.code
+    assert status == 2 and capsys.readouterr().err.count("\n") == 1 and not out.exists()
 
 
 def test_grpo_under_torchrun(tiny_dir, tmp_path):
