@@ -30,9 +30,9 @@ MARKER = ".minitau-demo"  # says that a folder is a demo's
 # What each stage adds to its script's defaults; sizes are flags of the demo's own.
 COMMON = "--micro-batch-tokens 8192 --max-tokens 2048"
 FLAGS = {
-    "sft": f"--lr 3e-3 --batch-size 8 --save-every 100 {COMMON}",
+    "sft": f"--lr 1e-3 --batch-size 8 --save-every 100 {COMMON}",
     "rft": f"--lr 3e-4 --batch-size 8 {COMMON}",
-    "grpo": f"--lr 1e-4 --tasks-per-step 8 --group-size 8 --max-rounds 2 {COMMON}",
+    "grpo": f"--lr 1e-4 --tasks-per-step 8 --group-size 8 --max-rounds 2 --kl 0 --weight-decay 0.01 {COMMON}",
     "eval": "--temperature 1 --num-trials 4",
 }
 FLOORS = ("refuse", "transfer")
@@ -47,9 +47,9 @@ class Sizes:
     resume: bool = setting(True, "go on where an earlier one in --out was; --no-resume starts over")
     tasks: int = setting(18, "test tasks a domain in each evaluation, four trials each")
     demonstrations: int = setting(0, "conversations of a flawed scripted agent for SFT; 0 is one a training task")
-    sft_epochs: int = setting(10, "passes over them")
-    rft_tasks: int = setting(96, "training tasks that RFT samples, four times each")
-    steps: int = setting(16, "GRPO steps of 8 tasks x 8 samples")
+    sft_epochs: int = setting(4, "passes over them")
+    rft_tasks: int = setting(128, "training tasks that RFT samples, four times each")
+    steps: int = setting(40, "GRPO steps of 8 tasks x 8 samples")
 
 
 @dataclass(frozen=True, kw_only=True)

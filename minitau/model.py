@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (T,H,d), k and v (T,K,d) -> (T,H,d)
 
-HEAD_ROWS = 512  # tokens whose logits exist at once: 512 x 151,936 in fp32 are 311 MB
+HEAD_LOGITS = 512 * 151_936  # logits that exist at once: in fp32 they are 311 MB
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Qwen3(nn.Module):
 class HeadLogprobs(torch.autograd.Function):
     """Log-probability of targets and entropy under softmax(hidden @ weight.T / temperature).
 
-    Computed HEAD_ROWS rows at a time and recomputed in backward, so that (N, V) logits never exist.
+    Computed some rows at a time and recomputed in backward, so that (N, V) logits never exist.
     With p = softmax(z):  d log p[t] / dz = onehot(t) - p,  d entropy / dz = -p * (log p + entropy).
     """
 
@@ -188,7 +188,7 @@ class HeadLogprobs(torch.autograd.Function):
     def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float):
         logprobs_N = hidden_ND.new_empty(len(targets_N), dtype=torch.float32)
         entropy_N, lse_N = torch.empty_like(logprobs_N), torch.empty_like(logprobs_N)
-        for rows in row_chunks(len(targets_N)):
+        for rows in row_chunks(len(targets_N), len(weight_VD)):
             logits = F.linear(hidden_ND[rows], weight_VD).float() / temperature
             lse_N[rows] = logits.logsumexp(-1)
             logprobs_N[rows] = logits.gather(-1, targets_N[rows, None]).squeeze(-1) - lse_N[rows]
@@ -203,7 +203,7 @@ class HeadLogprobs(torch.autograd.Function):
         hidden_ND, weight_VD, targets_N, lse_N, entropy_N = ctx.saved_tensors
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for rows in row_chunks(len(targets_N)):
+        for rows in row_chunks(len(targets_N), len(weight_VD)):
             log_p = F.linear(hidden_ND[rows], weight_VD).float() / ctx.temperature - lse_N[rows, None]
             pull = grad_logprobs_N[rows, None] + grad_entropy_N[rows, None] * (log_p + entropy_N[rows, None])
             grad_logits = -log_p.exp() * pull
@@ -214,8 +214,10 @@ class HeadLogprobs(torch.autograd.Function):
         return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None
 
 
-def row_chunks(n: int) -> list[slice]:
-    return [slice(i, min(i + HEAD_ROWS, n)) for i in range(0, n, HEAD_ROWS)]
+def row_chunks(n: int, vocabulary: int) -> list[slice]:
+    """The n rows in pieces of at most HEAD_LOGITS logits each."""
+    rows = max(1, HEAD_LOGITS // vocabulary)
+    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
 
 
 def init_weights(model: Qwen3, seed: int) -> None:

@@ -52,8 +52,8 @@ def module(name):
 # Who imports whom, of ours; inside functions as well, because an import put there still points somewhere.
 IMPORTS = {name: {module(each) for each in imported(ast.walk(tree))} - {None, name} for name, tree in TREES.items()}
 GROUND = {f"minitau.{name}" for name in ("episode", "model", "parallel", "grpo", "config", "log", "estimators")}
-UPPER = {"minitau.sft", "minitau.tiny"}  # they speak of worlds and rollouts, but train nothing
-TOP = {*SCRIPTS, "minitau.demo"}
+UPPER = {"minitau.sft", "minitau.tiny", "minitau.base.talk"}  # they speak of worlds and rollouts, but train nothing
+TOP = {*SCRIPTS, "minitau.demo", "minitau.base.pretrain"}
 ROOF = {"minitau.study"}  # repeats the demo, and so may know it
 
 

@@ -1,0 +1,10 @@
+"""The base model: a small Qwen3 that takes turns, writes JSON, reads a tool list and copies.
+
+It is pre-trained on conversations of made-up service desks, each with tools, rules and records of its
+own, drawn without end. None of them is courier. In reading order:
+
+    words.py     the words of the made-up world, and the numbers that it may use
+    domains.py   draws a domain: its tools, its rules, and the policy that states them
+    talk.py      draws a conversation of a domain's customer with an agent that goes by the policy
+    pretrain.py  the tokenizer, the training loop, and the scores on held-out domains
+"""

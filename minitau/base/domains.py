@@ -1,0 +1,295 @@
+"""Draws made-up service domains: tools, rules, and the policy text that states them.
+
+Two kinds. At a counter the agent reads a record and changes it, unless a rule of the policy stands
+against that. At a machine only the customer can touch the panel: the policy says what to do about each
+code that it shows. Every word is drawn, so that a model can only do right by reading.
+This file knows how policies read, not how people talk.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+from minitau.base import words
+
+RECORD_STYLES = ("json", "spaced json", "plain", "colons")
+
+
+@dataclass(frozen=True)
+class Act:
+    """Something that a customer can ask for, and the tool that does it."""
+
+    tool: str
+    verb: str
+    argument: str = ""  # what the tool takes besides the thing: a key of words.CHOICES, or a field of the record
+    complaint: str = ""  # what is wrong with a thing that needs this act; "" if people ask for it by its verb
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the policy has against an act: a record whose `field` is `value`, or is over `value`."""
+
+    verb: str  # "" for every act
+    field: str
+    value: str | int | bool
+    over: bool
+    reason: str  # what to tell the customer; "" means hand over instead
+
+    def holds(self, record: dict[str, Any]) -> bool:
+        return record[self.field] > self.value if self.over else record[self.field] == self.value
+
+
+@dataclass(frozen=True)
+class Fix:
+    """What to do about a code on a machine's panel: a tool first, if there is one, then a part to move."""
+
+    code: str
+    tool: str
+    move: str  # "turn the left dial"; "" means hand over
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A service desk. Tools are named as in the schemas, fields as in the records."""
+
+    thing: str
+    ids: tuple[str, ...]  # that may be used here
+    login: str  # tool; "" if anybody is served
+    asked: tuple[str, ...]  # what the login tool takes
+    lookup: str  # tool
+    hand_over: str  # tool
+    acts: tuple[Act, ...]
+    rules: tuple[Rule, ...]
+    fixes: tuple[Fix, ...]  # a machine has them, a counter has none
+    panel: str
+    holder: str  # field with the owner's name; "" if anybody may ask
+    holder_reason: str
+    state: str  # field
+    states: tuple[str, ...]
+    number: str  # field
+    flag: str  # field
+    choice: str  # field, a key of words.CHOICES
+    receipt: str  # field of an act's result that the customer is told; "" if none
+    confirm: bool
+    style: str  # of records, one of RECORD_STYLES
+    policy: str = ""
+    tools: tuple[dict[str, Any], ...] = ()
+
+    def show(self, record: dict[str, Any]) -> str:
+        """A record as a tool returns it."""
+        if self.style == "json":
+            return json.dumps(record, separators=(",", ":"))
+        if self.style == "spaced json":
+            return json.dumps(record)
+        if self.style == "colons":
+            return "; ".join(
+                f"{field}: {str(value).lower() if value in (True, False) else value}" for field, value in record.items()
+            )
+        return ", ".join(
+            (field if value else f"not {field}") if isinstance(value, bool) else f"{field} {value}"
+            for field, value in record.items()
+        )
+
+
+def word(rng: Random, known: list[str]) -> str:
+    """One of `known`, or now and then a word that nobody has heard."""
+    if rng.random() < 0.12:
+        return "".join(rng.sample(words.SYLLABLES, rng.choice((2, 2, 3))))
+    return rng.choice(known)
+
+
+def distinct(rng: Random, known: list[str], n: int, without: tuple[str, ...] = ()) -> list[str]:
+    drawn: list[str] = []
+    while len(drawn) < n:
+        one = word(rng, known)
+        if one not in drawn and one not in without:
+            drawn.append(one)
+    return drawn
+
+
+def draw_domain(rng: Random, held_out: bool = False) -> Domain:
+    """A domain at random. Held-out ones have things and ids that no other has."""
+    thing = rng.choice(words.HELD_OUT_THINGS) if held_out else word(rng, words.THINGS)
+    machine = rng.random() < 0.3
+    holder, choice = rng.choice(words.HOLDERS), rng.choice(tuple(words.CHOICES))
+    while True:  # until a record has no two fields of one name
+        lists = (words.STATE_FIELDS, words.NUMBER_FIELDS, words.FLAG_FIELDS)
+        state, number, flag = (word(rng, names) for names in lists)
+        if len({thing, holder, choice, state, number, flag}) == 6:
+            break
+    login = rng.choice(words.LOGINS) if rng.random() < 0.85 else ""
+    draft = Domain(
+        thing=thing,
+        ids=words.HELD_OUT_IDS if held_out else words.TRAINED_IDS,
+        login=login,
+        asked=tuple(distinct(rng, words.LOGIN, rng.choice((1, 2, 2, 2)), (thing,))),
+        lookup=rng.choice(words.LOOKUPS) + f"_{thing}" * (rng.random() < 0.6),
+        hand_over=rng.choice(words.HAND_OVERS),
+        acts=tuple(draw_acts(rng, thing, number, machine)),
+        rules=(),
+        fixes=(),
+        panel=rng.choice(words.PANELS),
+        holder=holder if login and rng.random() < 0.8 else "",  # the login tells the name
+        holder_reason=draw_reason(rng),
+        state=state,
+        states=tuple(distinct(rng, words.STATES, 4)),
+        number=number,
+        flag=flag,
+        choice=choice,
+        receipt=rng.choice(words.RECEIPTS) if rng.random() < 0.8 else "",
+        confirm=rng.random() < 0.8,
+        style=rng.choice(RECORD_STYLES),
+    )
+    drawn = {"fixes": draw_fixes(rng, draft.acts)} if machine else {"rules": draw_rules(rng, draft)}
+    draft = replace(draft, **drawn)
+    return replace(draft, policy=write_policy(rng, draft), tools=write_tools(rng, draft))
+
+
+def draw_acts(rng: Random, thing: str, number: str, machine: bool) -> list[Act]:
+    verbs = distinct(rng, words.VERBS, 2 if machine else rng.choice((2, 3, 3, 4)), (thing,))
+    complaints = distinct(rng, words.COMPLAINTS, len(verbs))
+    alone = rng.random() < 0.5  # tools named by their verb alone
+    acts = []
+    for verb, complaint in zip(verbs, complaints):
+        argument = "" if machine or rng.random() < 0.35 else rng.choice((number, *words.CHOICES))
+        complains = not machine and argument in ("", number) and rng.random() < 0.5
+        acts.append(Act(verb if alone else f"{verb}_{thing}", verb, argument, complaint if complains else ""))
+    return acts
+
+
+def draw_reason(rng: Random) -> str:
+    return f"{rng.choice(words.REASON_HEADS)} {rng.choice(words.REASON_TAILS)}"
+
+
+def draw_rules(rng: Random, d: Domain) -> tuple[Rule, ...]:
+    """At most one rule an act, and maybe states in which nothing at all is done."""
+    shut = d.states[: rng.choice((0, 0, 1, 2))]
+    rules = [Rule("", d.state, state, False, state) for state in shut]
+    for act in d.acts:
+        if rng.random() < 0.7:
+            field, value = rng.choice(
+                (
+                    (d.state, rng.choice(d.states[len(shut) :])),
+                    (d.number, rng.randint(2, 10)),
+                    (d.number, rng.randint(2, 10)),
+                    (d.flag, rng.random() < 0.3),
+                )
+            )
+            reason = draw_reason(rng) if rng.random() < 0.75 else ""
+            rules.append(Rule(act.verb, field, value, field == d.number, reason))
+    return tuple(rules)
+
+
+def draw_fixes(rng: Random, acts: tuple[Act, ...]) -> tuple[Fix, ...]:
+    """Codes in a row: the first need a tool, the last is beyond the desk."""
+    codes = rng.sample([f"{letter}{n}" for letter in "ABCDEFHKLMT" for n in range(1, 10)], rng.choice((3, 4, 5)))
+    parts = rng.sample(words.PARTS, len(codes))
+    tools = [act.tool for act in acts] + [""] * len(codes)
+    fixes = [
+        Fix(code, tool, f"{rng.choice(words.PART_VERBS)} the {rng.choice(words.PART_COLOURS)}{part}")
+        for code, tool, part in zip(codes, tools, parts)
+    ]
+    return (*fixes[:-1], Fix(codes[-1], "", ""))
+
+
+# -- the policy's text -----------------------------------------------------------------------------------
+
+
+def write_policy(rng: Random, d: Domain) -> str:
+    """Procedure first, in the order of the work; then the rules, in any order."""
+    company = rng.choice(words.COMPANIES)
+    lines = rng.choice(((f"You work for {company}.",), (f"This is the desk of {company}.",), ()))
+    if d.login:
+        both = " and ".join(d.asked)
+        lines += (
+            rng.choice(
+                (
+                    f"Ask for the {both}, then {d.login}.",
+                    f"Nobody is served before {d.login} has accepted the {both}.",
+                    f"Start with {d.login}: it takes the {both}.",
+                    f"{capital(both)} come first, for {d.login}.",
+                )
+            ),
+            rng.choice((f"If that fails two times, {d.hand_over}.", f"Two failures: {d.hand_over}.")),
+        )
+    lines += (rng.choice((f"Use {d.lookup} before deciding.", f"Always {d.lookup} next.", f"Now {d.lookup}.")),)
+    if d.holder:
+        reason = d.holder_reason
+        lines += (
+            rng.choice(
+                (
+                    f'Only the {d.holder} may ask, anyone else hears "{reason}".',
+                    f'If the {d.holder} is a different person: "{reason}".',
+                    f'Not the {d.holder}: "{reason}".',
+                )
+            ),
+        )
+    if d.confirm:
+        lines += (rng.choice(("Ask for consent before acting.", "Repeat the wish and wait for agreement.")),)
+    if d.receipt:
+        lines += (rng.choice((f"Afterwards tell the {d.receipt}.", f"Name the {d.receipt} at the end.")),)
+    special = [write_act(rng, d, act) for act in d.acts] + [write_fix(rng, d, fix) for fix in d.fixes]
+    special += write_shut(rng, d)
+    rng.shuffle(special)
+    return " ".join(line for line in (*lines, *special) if line)
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def write_act(rng: Random, d: Domain, act: Act) -> str:
+    """What the policy says about one act: when it is due, what it takes, what stands against it."""
+    head = f"{capital(act.complaint)}: {act.verb}" if act.complaint else capital(act.verb)
+    what = f" by the {act.argument}" if act.argument == d.number else ""
+    rule = next((rule for rule in d.rules if rule.verb == act.verb), None)
+    if not rule:
+        return f"{head}{what}." if act.complaint or what else ""
+    value = str(rule.value).lower() if isinstance(rule.value, bool) else rule.value
+    when = f"{rule.field} is over {value}" if rule.over else f"{rule.field} is {value}"
+    if isinstance(rule.value, bool) and d.style == "plain":
+        when = rule.field if rule.value else f"not {rule.field}"
+    if not rule.reason:
+        return rng.choice((f"{head}{what}, but {d.hand_over} if {when}.", f"{head}{what}; if {when}: {d.hand_over}."))
+    forms = (
+        f'{head}{what}, but not if {when}: "{rule.reason}".',
+        f'{head}{what}. If {when}, not: "{rule.reason}".',
+        f'{head}{what}, no if {when} ("{rule.reason}").',
+    )
+    if rule.over:
+        forms += (f'{head}{what} up to {rule.field} {value}, or else "{rule.reason}".',)
+    return rng.choice(forms)
+
+
+def write_shut(rng: Random, d: Domain) -> list[str]:
+    states = " or ".join(f'"{rule.value}"' for rule in d.rules if not rule.verb)
+    return [rng.choice((f"Do nothing when it is {states}.", f"Touch none that is {states}."))] if states else []
+
+
+def write_fix(rng: Random, d: Domain, fix: Fix) -> str:
+    if not fix.move:
+        return f"{fix.code}: {d.hand_over}."
+    if fix.tool:
+        return rng.choice((f"{fix.code}: {fix.tool}, then {fix.move}.", f"{fix.code}: first {fix.tool}, {fix.move}."))
+    return rng.choice((f"{fix.code}: {fix.move}.", f"On {fix.code} one must {fix.move}."))
+
+
+def write_tools(rng: Random, d: Domain) -> tuple[dict[str, Any], ...]:
+    """The OpenAI function schemas, in any order."""
+    takes = {d.lookup: (d.thing,), d.hand_over: ()}
+    if d.login:
+        takes[d.login] = d.asked
+    for act in d.acts:
+        takes[act.tool] = (d.thing, act.argument) if act.argument else (d.thing,)
+    names = list(takes)
+    rng.shuffle(names)
+    return tuple(schema(name, takes[name], d.number) for name in names)
+
+
+def schema(name: str, arguments: tuple[str, ...], number: str) -> dict[str, Any]:
+    types = {argument: {"type": "integer" if argument in ("sum", number) else "string"} for argument in arguments}
+    parameters = {"type": "object", "properties": types, "required": list(arguments)}
+    return {"type": "function", "function": {"name": name, "description": "", "parameters": parameters}}

@@ -1,0 +1,306 @@
+"""Pre-trains the base model: `python -m minitau.base.pretrain --out DIR`, or `make base`.
+
+Conversations are drawn without end by worker processes, each from its own seed, so none is seen twice.
+The loss is the plain one of a language model, over every token, with those of the agent weighing more.
+It prints its loss curve and its scores on held-out domains, and keeps both in DIR/pretraining.json.
+DIR loads like any Qwen3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from minitau import checkpoint, config, parallel, tiny
+from minitau.base import words
+from minitau.base.talk import draw_conversation
+from minitau.chat import Chat, call_text, load_chat
+from minitau.config import setting
+from minitau.engines.local import LocalEngine
+from minitau.episode import BadInput, Message, Sampling
+from minitau.log import run_script
+from minitau.model import ModelConfig, Qwen3, init_weights, packed_attention
+from minitau.run import adamw
+from minitau.sft import Conversation, to_trajectory
+
+MAX_TOKENS = 1024  # longer conversations are left out: they hardly occur
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Pre-training of the base model from random weights. The defaults made models/base."""
+
+    out: str = setting("", "directory to write")
+    vocab: int = setting(5120, "tokens at most")
+    layers: int = setting(5, "blocks")
+    hidden: int = setting(192, "hidden size")
+    heads: int = setting(6, "query heads of 32; half as many key heads")
+    steps: int = setting(4000, "optimizer steps")
+    batch_tokens: int = setting(131_072, "tokens of one step")
+    lr: float = setting(2e-3, "peak learning rate of AdamW; 2% warm-up, then it falls as a cosine")
+    heard_weight: float = setting(0.2, "weight in the loss of a token that the agent did not say; its own weigh 1")
+    weight_decay: float = setting(0.05, "of AdamW; only matrices decay")
+    beta1: float = setting(0.9, "of AdamW")
+    beta2: float = setting(0.98, "of AdamW")
+    seed: int = setting(0, "of the weights and the conversations")
+    workers: int = setting(0, "processes that draw conversations; 0 is one a core")
+    scored: int = setting(256, "held-out conversations that the scores are measured on")
+
+
+# -- data --------------------------------------------------------------------------------------------------
+
+
+class Batches(Dataset):
+    """The training data: batch i is the same whoever draws it, because `Random(f"{seed}:{i}")` decides.
+
+    A batch is (ids (T,), said (T,), bounds (S+1,)): S whole conversations end to end, what the agent
+    said in them, and where they begin and end. T is `batch_tokens` at most.
+    """
+
+    def __init__(self, cfg: Pretrain, folder: Path):
+        self.cfg, self.folder = cfg, folder
+        self.chat: Chat | None = None  # opened by the worker that needs it
+
+    def __len__(self) -> int:
+        return self.cfg.steps
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        self.chat = self.chat or load_chat(self.folder, "native")
+        rng = Random(f"{self.cfg.seed}:{i}")
+        ids: list[int] = []
+        said: list[bool] = []
+        bounds = [0]
+        while True:
+            more, spoken = encode(self.chat, draw_conversation(rng))
+            if len(more) > MAX_TOKENS:
+                continue
+            if len(ids) + len(more) > self.cfg.batch_tokens:
+                return torch.tensor(ids, dtype=torch.int32), torch.tensor(said), torch.tensor(bounds)
+            ids, said = ids + more, said + spoken
+            bounds.append(len(ids))
+
+
+def encode(chat: Chat, talk: Conversation) -> tuple[list[int], list[bool]]:
+    """The ids of sft.to_trajectory, and which of them the agent said, from one rendering of the whole.
+
+    (A rollout must render turn by turn; here that would be most of the work.)
+    """
+    opening = talk.opening
+    messages = [Message("system", opening.policy), *opening.messages, *talk.messages]
+    ids = chat.encode(chat.render([chat.as_dict(m) for m in messages], list(opening.tools), reply_next=False))
+    head = chat.encode("<|im_start|>assistant\n")
+    starts = [i for i, token in enumerate(ids) if token == head[0]]
+    said = [False] * len(ids)
+    given = 1 + len(opening.messages)
+    for message, start in list(zip(messages, starts, strict=True))[given:]:
+        if message.role == "assistant":
+            first, end = start + len(head), ids.index(chat.eos_id, start) + 1
+            said[first:end] = [True] * (end - first)
+    end = len(ids) - ids[::-1].index(chat.eos_id)  # what the template writes behind the last message is left out
+    return ids[:end], said[:end]
+
+
+# -- tokenizer and model -----------------------------------------------------------------------------------
+
+
+def make_tokenizer(cfg: Pretrain, folder: Path) -> Chat:
+    """Numbers up to 999 and everyday words are one token each; the rest is learned from conversations."""
+    listed = [str(n) for n in range(1000)] + words.EVERYDAY + [f" {word}" for word in words.EVERYDAY if word.islower()]
+    texts = [line for line in listed for _ in range(2000)]
+    for i in range(5000):
+        talk = draw_conversation(Random(f"tokenizer:{i}"))
+        texts += [talk.opening.policy, *(tool["function"]["name"] for tool in talk.opening.tools)]
+        texts += [m.content or call_text(m.calls[0]) for m in (*talk.opening.messages, *talk.messages)]
+    tokenizer = tiny.train_tokenizer(texts, cfg.vocab)
+    tokenizer.save_pretrained(folder)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    checkpoint.write_json(folder / "generation_config.json", ends)
+    return load_chat(folder, "native")
+
+
+def make_model(cfg: Pretrain, vocabulary: int) -> Qwen3:
+    model_cfg = ModelConfig(
+        vocab_size=vocabulary,
+        hidden_size=cfg.hidden,
+        intermediate_size=3 * cfg.hidden,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.heads // 2,
+        head_dim=32,
+        rope_theta=10_000.0,
+        max_position_embeddings=4096,
+    )
+    model = Qwen3(model_cfg)
+    init_weights(model, cfg.seed)
+    return model
+
+
+@torch.no_grad()
+def redraw_unseen(weight_VD: Tensor, seen_V: Tensor, kind_V: Tensor, seed: int) -> None:
+    """Give each token that training never met an embedding drawn like those of its kind that it did meet.
+
+    Training only pushes such tokens away, all in one direction; after it they are drawn from the normal
+    distribution with mean and covariance of the seen ones (Hewitt 2021, "Initializing new word
+    embeddings for pretrained language models"), so that copying, which the model has learned for any
+    token, works for them too. kind_V: an integer a token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for kind in kind_V.unique().tolist():
+        known = weight_VD[(kind_V == kind) & seen_V]
+        unseen = (kind_V == kind) & ~seen_V
+        noise = torch.randn(int(unseen.sum()), len(known), generator=generator)
+        weight_VD[unseen] = known.mean(0) + noise @ (known - known.mean(0)) / math.sqrt(len(known))
+
+
+def kinds(chat: Chat) -> Tensor:
+    """Per token: 1 for a number of three digits, 0 for anything else."""
+    texts = chat.tokenizer.convert_ids_to_tokens(range(len(chat.tokenizer)))
+    return torch.tensor([int(text.isascii() and text.isdigit() and len(text) == 3) for text in texts])
+
+
+# -- training ----------------------------------------------------------------------------------------------
+
+
+def loss_of(model: Qwen3, batch: tuple[Tensor, Tensor, Tensor], cfg: Pretrain) -> tuple[Tensor, Tensor]:
+    """The training loss of a batch, and the mean over what the agent said: nats per token."""
+    device = parallel.device()
+    ids_T, said_T = batch[0].to(device).long(), batch[1].to(device)
+    bounds = batch[2].tolist()
+    positions_T = torch.cat([torch.arange(end - start) for start, end in pairwise(bounds)]).to(device)
+    targets_N = positions_T.nonzero().squeeze(1)  # every token but the first of each conversation
+    attend = packed_attention(bounds, device, dtype_on(device))
+    logprobs_N, _ = model(ids_T, positions_T, attend, targets_N - 1, ids_T[targets_N])
+    said_N = said_T[targets_N].float()
+    weights_N = said_N + cfg.heard_weight * (1 - said_N)
+    return -(weights_N * logprobs_N).sum() / weights_N.sum(), -(said_N * logprobs_N).detach().sum() / said_N.sum()
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def train(cfg: Pretrain, model: Qwen3, folder: Path) -> tuple[list[dict[str, float]], Tensor]:
+    """Train `model` in place; the loss curve, and which tokens it met (V,)."""
+    device = parallel.device()
+    model.to(device)
+    parallel.shard(model, model.model.layers, dtype_on(device))
+    optimizer = adamw(model, cfg)
+    workers = cfg.workers or os.cpu_count() or 1
+    batches = DataLoader(Batches(cfg, folder), batch_size=None, num_workers=workers, prefetch_factor=4)
+    seen_V = torch.zeros(model.cfg.vocab_size, dtype=torch.bool)
+    curve: list[dict[str, float]] = []
+    tokens, since, start = 0, [], time.perf_counter()
+    for step, batch in enumerate(batches, 1):
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1.0, step / (0.02 * cfg.steps)) * schedule(step / cfg.steps)
+        loss, said = loss_of(model, batch, cfg)
+        optimizer.zero_grad()
+        parallel.backward(loss)
+        parallel.clip_grad_norm(model, 1.0)
+        optimizer.step()
+        seen_V[batch[0].long()] = True
+        tokens += len(batch[0])
+        since.append(said)
+        if step % max(1, cfg.steps // 40) == 0 or step == cfg.steps:
+            mean = float(torch.stack(since).mean())
+            seconds = time.perf_counter() - start
+            curve.append({"step": step, "tokens": tokens, "loss": mean, "seconds": round(seconds, 1)})
+            since = []
+            bar = "#" * round(40 * mean / curve[0]["loss"])
+            print(f"step {step:6}  {tokens / 1e6:7.1f} M tokens  {seconds:6.0f} s  loss {mean:.4f} {bar}", flush=True)
+    return curve, seen_V
+
+
+def schedule(part: float) -> float:
+    """Cosine from 1 to 0.02."""
+    return 0.02 + 0.98 * (1 + math.cos(math.pi * part)) / 2
+
+
+# -- scores ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def scores(cfg: Pretrain, model: Qwen3, chat: Chat) -> dict[str, float]:
+    """What the model does in domains, and with ids, that training never drew.
+
+    loss: of what the agent says, nats per token. copied_ids: of the three-digit numbers in it, the share
+    that is the most probable token there. calls, speech: of the agent's turns that call a tool, or
+    speak, the share in which a greedy reply to the same conversation makes the same call, or speaks.
+    """
+    rng = Random("held out")
+    talks = [draw_conversation(rng, held_out=True) for _ in range(cfg.scored)]
+    packed = [encode(chat, talk) for talk in talks]
+    kind_V = kinds(chat)
+    losses, copied = [], []
+    for ids, said in packed:
+        ids_T, said_T = torch.tensor(ids), torch.tensor(said)
+        attend = packed_attention([0, len(ids)], "cpu", torch.float32)
+        logits = model.logits(model.hidden(ids_T, torch.arange(len(ids)), attend))[:-1].log_softmax(-1)
+        targets, mask = ids_T[1:], said_T[1:]
+        losses += (-logits.gather(1, targets[:, None]).squeeze(1)[mask]).tolist()
+        numbers = mask & (kind_V[targets] == 1)
+        copied += (logits.argmax(-1) == targets)[numbers].tolist()
+    engine = LocalEngine(model, chat.stop_ids, slots=16, max_context=4096, patience=0.0)
+    with ThreadPoolExecutor(16) as pool:
+        turns = [turn for each in pool.map(lambda talk: greedy_turns(engine, chat, talk), talks) for turn in each]
+    engine.close()
+    calls = [right for kind, right in turns if kind == "call"]
+    speech = [right for kind, right in turns if kind == "speech"]
+    share = {"loss": losses, "copied_ids": copied, "calls": calls, "speech": speech}
+    return {name: round(sum(values) / len(values), 4) for name, values in share.items()}
+
+
+def greedy_turns(engine: LocalEngine, chat: Chat, talk: Conversation) -> list[tuple[str, bool]]:
+    """For each of the agent's turns: whether it is a call or speech, and whether a greedy reply is right."""
+    turns = []
+    trajectory = to_trajectory(talk, chat)
+    replies = [message for message in talk.messages if message.role == "assistant"]
+    session = str(id(talk))
+    for turn, message in zip(trajectory.turns, replies, strict=True):
+        reply = engine.generate(trajectory.ids[: turn.start], Sampling(0.0, 96), session=session, seed=0)
+        action = chat.parse(reply.ids, talk.opening.tools, cut=reply.finish == "length")
+        right = action.calls == message.calls and not action.error
+        turns.append(("call" if message.calls else "speech", right))
+    return turns
+
+
+def main(argv: list[str]) -> None:
+    cfg = config.parse(Pretrain, "python -m minitau.base.pretrain", "Pre-train the base model.", argv)
+    if not cfg.out:
+        raise BadInput("--out is needed")
+    folder = Path(cfg.out)
+    if (folder / "config.json").exists():
+        raise BadInput(f"{folder} holds a model already; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    chat = make_tokenizer(cfg, folder)
+    model = make_model(cfg, len(chat.tokenizer))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    seconds = time.perf_counter() - start
+    print(f"{size / 1e6:.2f} M parameters, {len(chat.tokenizer)} tokens; the tokenizer took {seconds:.0f} s")
+    curve, seen_V = train(cfg, model, folder)
+    weights = {name: weight.float().cpu() for name, weight in parallel.full_weights(model)}
+    redraw_unseen(weights["model.embed_tokens.weight"], seen_V, kinds(chat), cfg.seed)
+    checkpoint.save_pretrained(folder, model.cfg, weights.items(), torch.bfloat16, folder)
+    held_out = scores(cfg, checkpoint.load_model(folder).requires_grad_(False), chat)
+    print(f"held-out domains: {json.dumps(held_out)}")
+    settings = {**dataclasses.asdict(cfg), "out": ""}
+    checkpoint.write_json(folder / "pretraining.json", {"settings": settings, "curve": curve, "held_out": held_out})
+    print(f"wrote {folder} in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script("minitau.base.pretrain", main, sys.argv[1:]))
