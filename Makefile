@@ -1,15 +1,18 @@
-# Two commands: `make demo` and `make test`. Each makes .venv first.
+# Two commands: `make demo` and `make test`. `make base` trains the demo's base model again. Each makes .venv first.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test
+.PHONY: demo test base
 
 demo: $(VENV)/ready
 	$(RUN) -m minitau.demo $(ARGS)
 
 test: $(VENV)/ready
 	$(RUN) -m pytest $(ARGS)
+
+base: $(VENV)/ready
+	$(RUN) -m minitau.base.pretrain --out outputs/base $(ARGS)
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("minitau needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'

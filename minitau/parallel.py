@@ -166,6 +166,12 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
+def local(parameter: nn.Parameter) -> Tensor:
+    """This rank's part of a parameter, to be changed in place: all of it at world size 1."""
+    whole = parameter.detach()
+    return whole.to_local() if isinstance(whole, DTensor) else whole
+
+
 def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write fp32 weights and optimizer state, each rank its shards. Raises OSError if it cannot."""
     fresh = not optimizer.state

@@ -95,10 +95,11 @@ class Domain:
 
 
 def word(rng: Random, known: list[str]) -> str:
-    """One of `known`, or now and then a word that nobody has heard."""
-    if rng.random() < 0.12:
+    """One of `known`, or any other word, or one that nobody has heard."""
+    source = rng.random()
+    if source < 0.1:
         return "".join(rng.sample(words.SYLLABLES, rng.choice((2, 2, 3))))
-    return rng.choice(known)
+    return rng.choice(words.EVERYDAY if source < 0.3 else known)
 
 
 def distinct(rng: Random, known: list[str], n: int, without: tuple[str, ...] = ()) -> list[str]:
@@ -112,14 +113,13 @@ def distinct(rng: Random, known: list[str], n: int, without: tuple[str, ...] = (
 
 def draw_domain(rng: Random, held_out: bool = False) -> Domain:
     """A domain at random. Held-out ones have things and ids that no other has."""
-    thing = rng.choice(words.HELD_OUT_THINGS) if held_out else word(rng, words.THINGS)
     machine = rng.random() < 0.3
-    holder, choice = rng.choice(words.HOLDERS), rng.choice(tuple(words.CHOICES))
-    while True:  # until a record has no two fields of one name
+    names: tuple[str, ...] = ()
+    while len(set(names)) < 6:  # a record has no two fields of one name
         lists = (words.STATE_FIELDS, words.NUMBER_FIELDS, words.FLAG_FIELDS)
-        state, number, flag = (word(rng, names) for names in lists)
-        if len({thing, holder, choice, state, number, flag}) == 6:
-            break
+        thing = rng.choice(words.HELD_OUT_THINGS) if held_out else word(rng, words.THINGS)
+        names = (thing, rng.choice(words.HOLDERS), rng.choice(tuple(words.CHOICES)), *(word(rng, w) for w in lists))
+    thing, holder, choice, state, number, flag = names
     login = rng.choice(words.LOGINS) if rng.random() < 0.85 else ""
     draft = Domain(
         thing=thing,
@@ -149,12 +149,14 @@ def draw_domain(rng: Random, held_out: bool = False) -> Domain:
 
 
 def draw_acts(rng: Random, thing: str, number: str, machine: bool) -> list[Act]:
-    verbs = distinct(rng, words.VERBS, 2 if machine else rng.choice((2, 3, 3, 4)), (thing,))
+    taken = (thing, *words.LOOKUPS, *words.LOGINS, *words.HAND_OVERS)
+    verbs = distinct(rng, words.VERBS, 2 if machine else rng.choice((2, 3, 3, 4)), taken)
     complaints = distinct(rng, words.COMPLAINTS, len(verbs))
     alone = rng.random() < 0.5  # tools named by their verb alone
     acts = []
     for verb, complaint in zip(verbs, complaints):
-        argument = "" if machine or rng.random() < 0.35 else rng.choice((number, *words.CHOICES))
+        kinds = [kind for kind in words.CHOICES if kind != thing]
+        argument = "" if machine or rng.random() < 0.35 else rng.choice((number, *kinds))
         complains = not machine and argument in ("", number) and rng.random() < 0.5
         acts.append(Act(verb if alone else f"{verb}_{thing}", verb, argument, complaint if complains else ""))
     return acts

@@ -36,6 +36,7 @@ from minitau.model import ModelConfig, Qwen3, init_weights, packed_attention
 from minitau.run import adamw
 from minitau.sft import Conversation, to_trajectory
 
+FORGETTING = 0.8  # part of the steps in which ids are forgotten
 MAX_TOKENS = 1024  # longer conversations are left out: they hardly occur
 
 
@@ -52,6 +53,7 @@ class Pretrain:
     batch_tokens: int = setting(131_072, "tokens of one step")
     lr: float = setting(2e-3, "peak learning rate of AdamW; 2% warm-up, then it falls as a cosine")
     heard_weight: float = setting(0.2, "weight in the loss of a token that the agent did not say; its own weigh 1")
+    forget_every: int = setting(100, "steps between two times that half of the ids get new embeddings")
     weight_decay: float = setting(0.05, "of AdamW; only matrices decay")
     beta1: float = setting(0.9, "of AdamW")
     beta2: float = setting(0.98, "of AdamW")
@@ -118,7 +120,8 @@ def encode(chat: Chat, talk: Conversation) -> tuple[list[int], list[bool]]:
 
 def make_tokenizer(cfg: Pretrain, folder: Path) -> Chat:
     """Numbers up to 999 and everyday words are one token each; the rest is learned from conversations."""
-    listed = [str(n) for n in range(1000)] + words.EVERYDAY + [f" {word}" for word in words.EVERYDAY if word.islower()]
+    everyday = words.EVERYDAY + words.UNUSED
+    listed = [str(n) for n in range(1000)] + everyday + [f" {word}" for word in everyday if word.islower()]
     texts = [line for line in listed for _ in range(2000)]
     for i in range(5000):
         talk = draw_conversation(Random(f"tokenizer:{i}"))
@@ -149,26 +152,19 @@ def make_model(cfg: Pretrain, vocabulary: int) -> Qwen3:
 
 
 @torch.no_grad()
-def redraw_unseen(weight_VD: Tensor, seen_V: Tensor, kind_V: Tensor, seed: int) -> None:
-    """Give each token that training never met an embedding drawn like those of its kind that it did meet.
-
-    Training only pushes such tokens away, all in one direction; after it they are drawn from the normal
-    distribution with mean and covariance of the seen ones (Hewitt 2021, "Initializing new word
-    embeddings for pretrained language models"), so that copying, which the model has learned for any
-    token, works for them too. kind_V: an integer a token.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for kind in kind_V.unique().tolist():
-        known = weight_VD[(kind_V == kind) & seen_V]
-        unseen = (kind_V == kind) & ~seen_V
-        noise = torch.randn(int(unseen.sum()), len(known), generator=generator)
-        weight_VD[unseen] = known.mean(0) + noise @ (known - known.mean(0)) / math.sqrt(len(known))
+def redraw(weight_VD: Tensor, chosen_V: Tensor, known_V: Tensor, generator: torch.Generator) -> None:
+    """Draw the embeddings of the chosen tokens anew, in place, like those of the known ones: from the normal
+    distribution with their mean and covariance (Hewitt 2021, "Initializing new word embeddings for
+    pretrained language models")."""
+    known = weight_VD[known_V]
+    noise = torch.randn(int(chosen_V.sum()), len(known), generator=generator).to(known)
+    weight_VD[chosen_V] = known.mean(0) + noise @ (known - known.mean(0)) / math.sqrt(len(known))
 
 
-def kinds(chat: Chat) -> Tensor:
-    """Per token: 1 for a number of three digits, 0 for anything else."""
+def three_digits(chat: Chat) -> Tensor:
+    """(V,) True for the numbers of three digits, which are ids wherever they stand."""
     texts = chat.tokenizer.convert_ids_to_tokens(range(len(chat.tokenizer)))
-    return torch.tensor([int(text.isascii() and text.isdigit() and len(text) == 3) for text in texts])
+    return torch.tensor([text.isascii() and text.isdigit() and len(text) == 3 for text in texts])
 
 
 # -- training ----------------------------------------------------------------------------------------------
@@ -192,8 +188,14 @@ def dtype_on(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def train(cfg: Pretrain, model: Qwen3, folder: Path) -> tuple[list[dict[str, float]], Tensor]:
-    """Train `model` in place; the loss curve, and which tokens it met (V,)."""
+def train(cfg: Pretrain, model: Qwen3, folder: Path, ids_V: Tensor) -> tuple[list[dict[str, float]], Tensor]:
+    """Train `model` in place; the loss curve, and which tokens it met (V,).
+
+    A model that sees the same ids for long learns each by heart and copies no other. So half of their
+    embeddings (`ids_V` says which tokens they are) are drawn anew every now and then, in the first part of
+    the training: what is left to learn is to copy (after Chen et al. 2023, "Improving language plasticity via
+    pretraining with active forgetting").
+    """
     device = parallel.device()
     model.to(device)
     parallel.shard(model, model.model.layers, dtype_on(device))
@@ -202,6 +204,7 @@ def train(cfg: Pretrain, model: Qwen3, folder: Path) -> tuple[list[dict[str, flo
     batches = DataLoader(Batches(cfg, folder), batch_size=None, num_workers=workers, prefetch_factor=4)
     seen_V = torch.zeros(model.cfg.vocab_size, dtype=torch.bool)
     curve: list[dict[str, float]] = []
+    generator = torch.Generator().manual_seed(cfg.seed)
     tokens, since, start = 0, [], time.perf_counter()
     for step, batch in enumerate(batches, 1):
         for group in optimizer.param_groups:
@@ -212,6 +215,9 @@ def train(cfg: Pretrain, model: Qwen3, folder: Path) -> tuple[list[dict[str, flo
         parallel.clip_grad_norm(model, 1.0)
         optimizer.step()
         seen_V[batch[0].long()] = True
+        if step % cfg.forget_every == 0 and step < FORGETTING * cfg.steps:
+            half_V = ids_V & (torch.rand(len(ids_V), generator=generator) < 0.5)
+            redraw(parallel.local(model.model.embed_tokens.weight), half_V, ids_V & seen_V, generator)
         tokens += len(batch[0])
         since.append(said)
         if step % max(1, cfg.steps // 40) == 0 or step == cfg.steps:
@@ -243,7 +249,7 @@ def scores(cfg: Pretrain, model: Qwen3, chat: Chat) -> dict[str, float]:
     rng = Random("held out")
     talks = [draw_conversation(rng, held_out=True) for _ in range(cfg.scored)]
     packed = [encode(chat, talk) for talk in talks]
-    kind_V = kinds(chat)
+    ids_V = three_digits(chat)
     losses, copied = [], []
     for ids, said in packed:
         ids_T, said_T = torch.tensor(ids), torch.tensor(said)
@@ -251,7 +257,7 @@ def scores(cfg: Pretrain, model: Qwen3, chat: Chat) -> dict[str, float]:
         logits = model.logits(model.hidden(ids_T, torch.arange(len(ids)), attend))[:-1].log_softmax(-1)
         targets, mask = ids_T[1:], said_T[1:]
         losses += (-logits.gather(1, targets[:, None]).squeeze(1)[mask]).tolist()
-        numbers = mask & (kind_V[targets] == 1)
+        numbers = mask & ids_V[targets]
         copied += (logits.argmax(-1) == targets)[numbers].tolist()
     engine = LocalEngine(model, chat.stop_ids, slots=16, max_context=4096, patience=0.0)
     with ThreadPoolExecutor(16) as pool:
@@ -291,9 +297,12 @@ def main(argv: list[str]) -> None:
     size = sum(parameter.numel() for parameter in model.parameters())
     seconds = time.perf_counter() - start
     print(f"{size / 1e6:.2f} M parameters, {len(chat.tokenizer)} tokens; the tokenizer took {seconds:.0f} s")
-    curve, seen_V = train(cfg, model, folder)
+    ids_V = three_digits(chat)
+    curve, seen_V = train(cfg, model, folder, ids_V)
     weights = {name: weight.float().cpu() for name, weight in parallel.full_weights(model)}
-    redraw_unseen(weights["model.embed_tokens.weight"], seen_V, kinds(chat), cfg.seed)
+    for kind_V in (ids_V, ~ids_V):  # training only pushed the tokens that it never met away
+        generator = torch.Generator().manual_seed(cfg.seed)
+        redraw(weights["model.embed_tokens.weight"], kind_V & ~seen_V, kind_V & seen_V, generator)
     checkpoint.save_pretrained(folder, model.cfg, weights.items(), torch.bfloat16, folder)
     held_out = scores(cfg, checkpoint.load_model(folder).requires_grad_(False), chat)
     print(f"held-out domains: {json.dumps(held_out)}")

@@ -165,9 +165,9 @@ class Talk:
             want.value
         )
 
-    def ends(self, last: bool, following: Want | None) -> None:
+    def ends(self, last: bool, following: Want | None, lead: str = "") -> None:
         """The customer goes on to the next wish, or leaves."""
-        thanks = self.rng.choice(THANKS)
+        thanks = lead + self.rng.choice(THANKS)
         if last or following is None:
             self.customer(f"{thanks} {self.rng.choice(BYE)}")
         else:
@@ -224,7 +224,7 @@ class Talk:
         if want.foreign:
             return self.decline(d.holder_reason, last, following)
         if want.codes:
-            return self.mend(want)
+            return self.mend(want, last, following)
         if not want.act:
             value = want.record[want.field]
             self.agent(f"The {want.field} is {value}.", f"It is {value}.", f"{want.field}: {value}.")
@@ -263,7 +263,7 @@ class Talk:
             self.agent(*lines)
         self.ends(last, following)
 
-    def mend(self, want: Want) -> None:
+    def mend(self, want: Want, last: bool, following: Want | None) -> None:
         """Bring a machine to work: the panel shows one code after the other."""
         d, rng = self.d, self.rng
         self.agent(f"What does the {d.panel} say?", f"What is on the {d.panel}?", f"Please read me the {d.panel}.")
@@ -284,4 +284,4 @@ class Talk:
                 receipt = self.act(tools[fix.tool], want.id)
                 told = f"{d.receipt} {receipt}. " if receipt else ""
             self.agent(f"{told}Please {fix.move}.", f"{told}Now {fix.move}.", f"{told}Could you {fix.move}?")
-        self.customer(f"It works. {rng.choice(BYE)}", f"It runs again. {rng.choice(THANKS)}")
+        self.ends(last, following, self.rng.choice(("It works. ", "It runs again. ")))

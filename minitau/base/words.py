@@ -1,7 +1,7 @@
 """The words of the made-up world. Nothing here knows how they are put together.
 
-No word or number here is a tool, an id, a name, a street or a day of courier's (`tests/test_base.py` looks), so
-that what a model learns of courier it learns from courier's demonstrations.
+No conversation has a tool, an id, a name, a street or a day of courier's in it (`tests/test_base.py` looks), so that
+what a model learns of courier it learns from courier's demonstrations.
 """
 
 # ruff: noqa: SIM905, E501  (a list of words reads better as text)
@@ -118,23 +118,26 @@ PART_COLOURS = ("", "", "white ", "black ", "yellow ", "left ", "right ", "upper
 PART_VERBS = "turn pull flip push slide lift twist hit press tap squeeze open".split()
 PANELS = "panel screen display dial light label monitor window gauge".split()
 
-# Words that the tokenizer holds whole although the made-up world does not use them, as a tokenizer that was
-# trained on more text would: each becomes one token, with an embedding that SFT can start from.
+# Everyday words: any of them can stand for a thing, a verb, a state, ...: what a word means is for the policy to say.
 EVERYDAY = """
-system assistant arguments parcel company customer verify cancel refund replace search transfer hold deliver delivery
-address phone day days week month year hour age owner status value service express basic sorting van depot insured
-delivered signed receipt locker door press red green blue ready broken lost late early send change look move unlock
-extend named money back please sorry cannot done shall will need want came here new one yes no not yours only once over
-under more than less first second third wrong right before after again other another somebody else nothing anything
-something tell give ask say said show shows time extended unlocked way its from at on in to for with without of and or
-if then but so because while until where when who what which why how many get set put take make do does did was were
-be been is are am has have had you your we our they their he she his her him this that these those it there held
-cancelled refunded replaced searched elsewhere twice rule rules reason claim claims button buttons error unknown tool
-takes exactly must start help hello thank thanks bye goodbye okay wait also too great fine sure exception possible sad
-bad lead leads nowhere moved pieces piece offer kind quick slow small large big long short high low name keeps keep pin
-later up down any breaks look Oops
+parcel company customer deliver delivery address phone day days week month year hour age owner status value service
+express basic sorting van depot insured delivered signed receipt locker door press red green blue ready broken lost late
+early change named money back please sorry cannot done shall will need want came here new one yes no not yours only once
+over under more than less first second third wrong right before after again other another somebody else nothing anything
+something tell give ask say said show shows time way its from at on in to for with without of and or if then but so
+because while until where when who what which why how many get set put take make do does did was were be been is are am
+has have had you your we our they their he she his her him this that these those it there elsewhere twice rule rules
+reason claim claims button buttons error unknown tool takes exactly must start help hello thank thanks bye goodbye okay
+wait also too great fine sure exception possible sad bad lead leads nowhere pieces piece offer kind quick slow small
+large big long short high low name keeps keep pin later up down any breaks use used
+""".split()
+# Words that the tokenizer holds whole, as one trained on more text would, although no conversation here has them:
+# courier's tools, days, streets and people among them. Their embeddings are drawn at the end of training.
+UNUSED = """
+verify cancel refund replace search transfer hold send look move unlock extend extended unlocked held cancelled refunded
+replaced searched moved
 Monday Tuesday Wednesday Thursday Friday Saturday Sunday Elm Oak Ash Pine Birch Cedar Maple Willow Ada Ben Cleo Dan Eva
 Finn Gus Hana Ivo Jill Kurt Lena ID PIN READY OPEN E Yes No The A I It My Your Please Sorry What Which Done Hi Hello
 Thank Why Not Now Press Receipt Parcel Phone Too Also Oh Error Tools You We If May Shall On Then First Wrong Change Cancel
-Saturday Value Broken Lost Late Only Any Another Before Refuse Transfer Age New
+Value Broken Lost Late Only Any Another Before Refuse Transfer Age New Oops system assistant arguments
 """.split()
