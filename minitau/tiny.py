@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -99,19 +100,31 @@ def world_texts(cfg: Tiny) -> list[str]:
     return [json.dumps(row, ensure_ascii=False) for row in rows]
 
 
-def make(cfg: Tiny, texts: Iterable[str]) -> Path:
-    """Write the directory and return it."""
+def check(cfg: Any) -> None:
+    """Raise BadInput for an --out, --vocab, --hidden, --layers or --heads that cannot be."""
+    if not cfg.out:
+        raise BadInput("--out is needed")
+    if (Path(cfg.out) / "config.json").exists():
+        raise BadInput(f"{cfg.out} holds a model already; choose another --out")
     if cfg.vocab < 300 or cfg.heads < 2 or cfg.heads % 2:
         raise BadInput(f"--vocab {cfg.vocab} --heads {cfg.heads}: at least 300 tokens and an even number of heads")
-    folder = Path(cfg.out)
-    if (folder / "config.json").exists():
-        raise BadInput(f"{folder} holds a model already; choose another --out")
-    tokenizer = train_tokenizer(texts, cfg.vocab)
+    if cfg.layers < 1 or cfg.hidden < 1:
+        raise BadInput(f"--layers {cfg.layers} --hidden {cfg.hidden}: both must be at least 1")
+
+
+def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int):
+    """Train a tokenizer and save it, with the generation config that says where replies end; returns it."""
+    tokenizer = train_tokenizer(texts, vocab_size)
     tokenizer.save_pretrained(folder)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     checkpoint.write_json(folder / "generation_config.json", ends)
+    return tokenizer
+
+
+def random_model(cfg: Any, vocabulary: int, max_tokens: int) -> Qwen3:
+    """A small Qwen3 with random weights: `cfg` has its layers, hidden, heads and seed."""
     model_cfg = ModelConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary,
         hidden_size=cfg.hidden,
         intermediate_size=3 * cfg.hidden,
         num_hidden_layers=cfg.layers,
@@ -119,18 +132,26 @@ def make(cfg: Tiny, texts: Iterable[str]) -> Path:
         num_key_value_heads=cfg.heads // 2,
         head_dim=32,
         rope_theta=10_000.0,
-        max_position_embeddings=max(4096, cfg.max_tokens),
+        max_position_embeddings=max(4096, max_tokens),
     )
     model = Qwen3(model_cfg)
     init_weights(model, cfg.seed)
-    checkpoint.save_pretrained(folder, model_cfg, model.named_parameters(), torch.float32, folder)
+    return model
+
+
+def make(cfg: Tiny, texts: Iterable[str]) -> Path:
+    """Write the directory and return it."""
+    check(cfg)
+    folder = Path(cfg.out)
+    tokenizer = write_tokenizer(folder, texts, cfg.vocab)
+    model = random_model(cfg, len(tokenizer), cfg.max_tokens)
+    checkpoint.save_pretrained(folder, model.cfg, model.named_parameters(), torch.float32, folder)
     return folder
 
 
 def main(argv: list[str]) -> None:
     cfg = config.parse(Tiny, "python -m minitau.tiny", "Make a tiny random Qwen3 with its own tokenizer.", argv)
-    if not cfg.out:
-        raise BadInput("--out is needed")
+    check(cfg)
     print(f"wrote {make(cfg, world_texts(cfg))}")
 
 

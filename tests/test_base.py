@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from minitau import checkpoint
 from minitau.base import pretrain, words
-from minitau.base.talk import draw_conversation
+from minitau.base.domains import draw_domain
+from minitau.base.talk import YES, Talk, draw_conversation
 from minitau.chat import call_text, load_chat
 from minitau.envs.courier import words as courier
 from minitau.envs.courier.tools import POLICY, TOOLS
@@ -65,25 +66,87 @@ def test_the_agent_calls_tools_that_there_are_with_what_it_has_heard(held_out):
     calls = 0
     for talk in conversations(1500, held_out):
         takes = {t["function"]["name"]: t["function"]["parameters"]["required"] for t in talk.opening.tools}
+        assert len(takes) == len(talk.opening.tools)
         heard = "\n".join(m.content for m in talk.opening.messages)
         for message in talk.messages:
             for call in message.calls:
                 calls += 1
                 assert list(call.arguments) == takes[call.name]
-                assert all(str(value) in heard for value in call.arguments.values())
+                assert all(re.search(rf"\b{value}\b", heard) for value in call.arguments.values())
             heard += "\n" + message.content
     assert calls > 3000
 
 
-def test_the_agent_says_no_in_the_words_of_the_policy():
-    refused = 0
-    for talk in conversations(1500):
-        for message in talk.messages:
-            reason = re.fullmatch(r"(?:I am afraid not|That is ruled out|No): (.*)\.", message.content)
-            if reason and message.role == "assistant":
-                refused += 1
-                assert f'"{reason[1]}"' in talk.opening.policy
-    assert refused > 150
+def faults(domain, talk):
+    """What the agent of a conversation did against its policy, by another reading of the rules than the generator's."""
+    out, record, act, before = [], {}, None, ("", "")
+    wants = {want.id: want for want in talk.wants}
+    for position, message in enumerate(talk.messages):
+        later = [m.content for m in talk.messages[position + 1 :]]
+        foreign = bool(domain.holder) and record.get(domain.holder, talk.name) != talk.name
+        broken = [
+            rule for rule in domain.rules if record and act and rule.verb in ("", act.verb) and is_broken(rule, record)
+        ]
+        fix = next((fix for fix in domain.fixes if re.search(rf"\b{fix.code}\b", before[1])), None)
+        said_no = re.fullmatch(r"(?:I am afraid not|That is ruled out|No): (.*)\.", message.content)
+        if message.role == "assistant" and said_no:
+            allowed = [domain.holder_reason] * foreign + [rule.reason for rule in broken]
+            out += [] if said_no[1] in allowed else ["a reason that does not apply"]
+        for call in message.calls:
+            if call.name == domain.lookup:
+                want = wants[call.arguments[domain.thing]]
+                record, act = want.record, want.act
+            elif call.name == domain.hand_over:
+                failed = before[1].startswith("Error")
+                due = failed or (fix and not fix.move) or any(not r.reason and not r.instead for r in broken)
+                out += [] if due else ["handed over for nothing"]
+            elif call.name != domain.login:
+                if domain.fixes:
+                    out += [] if any(f.tool == call.name for f in domain.fixes) else ["a tool for no code"]
+                else:
+                    instead = [rule.instead.tool for rule in broken if rule.instead]
+                    right = instead if broken else [act.tool]
+                    out += [] if call.name in right and not foreign else ["an act that a rule is against"]
+                if domain.confirm and not (before[0].endswith("?") and before[1] in YES):
+                    out.append("no yes")
+                receipt = re.search(r"\d+", later[0]) if domain.receipt else None
+                out += ["the receipt was not told"] if receipt and receipt[0] not in later[1] else []
+        before = (before[1], message.content)
+    return out
+
+
+def is_broken(rule, record):
+    value = record[rule.field]
+    return value >= rule.value + 1 if rule.over else value == rule.value
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_agent_goes_by_the_policy(held_out):
+    for i in range(3000):
+        rng = Random(f"right:{i}")
+        domain = draw_domain(rng, held_out)
+        assert not faults(domain, Talk(domain, rng)), i
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda domain: {"confirm": True},
+        lambda domain: {"rules": tuple(replace(r, value=r.value - 1) if r.over else r for r in domain.rules)},
+        lambda domain: {"rules": tuple(replace(r, reason="never heard of") for r in domain.rules)},
+    ],
+    ids=["consent", "limits", "reasons"],
+)
+def test_a_fault_of_the_agent_would_be_seen(change):
+    """Conversations by one policy, read by another."""
+    seen = 0
+    for i in range(900):
+        rng = Random(f"right:{i}")
+        domain = draw_domain(rng)
+        talk = Talk(domain, rng)
+        other = replace(domain, **change(domain))
+        seen += bool(faults(other, talk))
+    assert seen > 15
 
 
 def test_held_out_domains_have_things_and_ids_of_their_own():
@@ -126,6 +189,37 @@ def test_pretraining_writes_a_model_with_its_curve_and_scores(tmp_path, capsys):
     assert checkpoint.load_model(out).cfg.hidden_size == 32
     with pytest.raises(BadInput, match="holds a model already"):
         pretrain.main(["--out", str(out), *small.split()])
+
+
+@pytest.mark.parametrize("flag", ["--batch-tokens 100", "--heads 3", "--workers -1", "--steps 0", "--layers 0"])
+def test_settings_that_cannot_work_are_one_line(tmp_path, flag):
+    with pytest.raises(BadInput, match="--"):
+        pretrain.main(["--out", str(tmp_path / "base"), *flag.split()])
+    assert not (tmp_path / "base").exists()
+
+
+def test_redrawn_embeddings_are_like_the_known_ones():
+    generator = torch.Generator().manual_seed(0)
+    shape = torch.tensor([[2.0, 0.5], [0.0, 0.3]])
+    weight = torch.cat([torch.randn(400, 2, generator=generator) @ shape + 5, torch.zeros(4000, 2)])
+    known, chosen = torch.arange(4400) < 400, torch.arange(4400) >= 500
+    before = weight.clone()
+    pretrain.redraw(weight, chosen, known, generator)
+    assert torch.equal(weight[:500], before[:500])
+    assert_close(weight[500:].mean(0), before[:400].mean(0), atol=0.15, rtol=0)
+    assert_close(weight[500:].T.cov(), before[:400].T.cov(), atol=0.3, rtol=0)
+
+
+def test_ids_are_forgotten_in_the_first_part_of_the_training(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pretrain, "redraw", lambda weight, chosen, known, generator: drawn.append((chosen, known)))
+    small = "--steps 10 --batch-tokens 1024 --vocab 2700 --layers 1 --hidden 32 --heads 2 --scored 1 --workers 1"
+    pretrain.main(["--out", str(tmp_path / "base"), "--forget-every", "2", *small.split()])
+    ids = pretrain.three_digits(load_chat(tmp_path / "base", "native"))
+    assert ids.sum() == 900 and len(drawn) == 3 + 2  # after steps 2, 4 and 6; at the end the unseen of both kinds
+    for chosen, known in drawn[:3]:
+        assert not chosen[~ids].any() and 350 < chosen.sum() < 550 and not known[~ids].any()
+    assert drawn[3][0].sum() >= 200 and not (drawn[3][0] & drawn[3][1]).any()
 
 
 # -- the model in the repository -------------------------------------------------------------------------

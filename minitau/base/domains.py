@@ -36,7 +36,8 @@ class Rule:
     field: str
     value: str | int | bool
     over: bool
-    reason: str  # what to tell the customer; "" means hand over instead
+    reason: str  # what to tell the customer; "" means to do something else
+    instead: Act | None = None  # that something; None means hand over
 
     def holds(self, record: dict[str, Any]) -> bool:
         return record[self.field] > self.value if self.over else record[self.field] == self.value
@@ -155,7 +156,7 @@ def draw_acts(rng: Random, thing: str, number: str, machine: bool) -> list[Act]:
     alone = rng.random() < 0.5  # tools named by their verb alone
     acts = []
     for verb, complaint in zip(verbs, complaints):
-        kinds = [kind for kind in words.CHOICES if kind != thing]
+        kinds = [kind for kind in words.CHOICES if kind not in (thing, number)]
         argument = "" if machine or rng.random() < 0.35 else rng.choice((number, *kinds))
         complains = not machine and argument in ("", number) and rng.random() < 0.5
         acts.append(Act(verb if alone else f"{verb}_{thing}", verb, argument, complaint if complains else ""))
@@ -167,21 +168,23 @@ def draw_reason(rng: Random) -> str:
 
 
 def draw_rules(rng: Random, d: Domain) -> tuple[Rule, ...]:
-    """At most one rule an act, and maybe states in which nothing at all is done."""
+    """Up to two rules an act, on different fields, and maybe some against every act."""
     shut = d.states[: rng.choice((0, 0, 1, 2))]
-    rules = [Rule("", d.state, state, False, state) for state in shut]
+    own = rng.random() < 0.5  # the state itself is the reason
+    rules = [Rule("", d.state, state, False, state if own else draw_reason(rng)) for state in shut]
+    limited = rng.random() < 0.2  # one limit for every act
+    if limited:
+        rules.append(Rule("", d.number, rng.randint(4, 10), True, ""))
     for act in d.acts:
-        if rng.random() < 0.7:
-            field, value = rng.choice(
-                (
-                    (d.state, rng.choice(d.states[len(shut) :])),
-                    (d.number, rng.randint(2, 10)),
-                    (d.number, rng.randint(2, 10)),
-                    (d.flag, rng.random() < 0.3),
-                )
-            )
-            reason = draw_reason(rng) if rng.random() < 0.75 else ""
-            rules.append(Rule(act.verb, field, value, field == d.number, reason))
+        about = [(d.state, rng.choice(d.states[len(shut) :]), False), (d.flag, rng.random() < 0.3, False)]
+        about += [] if limited else 2 * [(d.number, rng.randint(2, 10), True)]
+        drawn = rng.sample(about, rng.choice((0, 1, 1, 2)))
+        others = [other for other in d.acts if other is not act and other.argument in ("", d.number)]
+        for field, value, over in {field: (field, value, over) for field, value, over in drawn}.values():
+            kind = rng.random()
+            reason = draw_reason(rng) if kind < 0.7 else ""
+            instead = rng.choice(others) if kind > 0.85 and others else None
+            rules.append(Rule(act.verb, field, value, over, reason, instead))
     return tuple(rules)
 
 
@@ -203,38 +206,58 @@ def draw_fixes(rng: Random, acts: tuple[Act, ...]) -> tuple[Fix, ...]:
 def write_policy(rng: Random, d: Domain) -> str:
     """Procedure first, in the order of the work; then the rules, in any order."""
     company = rng.choice(words.COMPANIES)
-    lines = rng.choice(((f"You work for {company}.",), (f"This is the desk of {company}.",), ()))
+    lines = [rng.choice((f"You work for {company}.", f"This is the desk of {company}.", ""))]
     if d.login:
         both = " and ".join(d.asked)
-        lines += (
+        lines += [
             rng.choice(
                 (
                     f"Ask for the {both}, then {d.login}.",
                     f"Nobody is served before {d.login} has accepted the {both}.",
                     f"Start with {d.login}: it takes the {both}.",
                     f"{capital(both)} come first, for {d.login}.",
+                    f"To begin, ask the {both} and {d.login}.",
                 )
             ),
-            rng.choice((f"If that fails two times, {d.hand_over}.", f"Two failures: {d.hand_over}.")),
-        )
-    lines += (rng.choice((f"Use {d.lookup} before deciding.", f"Always {d.lookup} next.", f"Now {d.lookup}.")),)
+            rng.choice(
+                (
+                    f"If that fails two times, {d.hand_over}.",
+                    f"Two failures: {d.hand_over}.",
+                    f"When it has failed twice, {d.hand_over}.",
+                )
+            ),
+        ]
+    lines.append(rng.choice((f"Use {d.lookup} before deciding.", f"Always {d.lookup} next.", f"Now {d.lookup}.")))
     if d.holder:
         reason = d.holder_reason
-        lines += (
+        lines.append(
             rng.choice(
                 (
                     f'Only the {d.holder} may ask, anyone else hears "{reason}".',
-                    f'If the {d.holder} is a different person: "{reason}".',
+                    f'If the {d.holder} is a different one: "{reason}".',
                     f'Not the {d.holder}: "{reason}".',
+                    f'When the {d.holder} has another name, say "{reason}".',
                 )
-            ),
+            )
         )
     if d.confirm:
-        lines += (rng.choice(("Ask for consent before acting.", "Repeat the wish and wait for agreement.")),)
+        lines.append(
+            rng.choice(
+                (
+                    "Ask for consent before acting.",
+                    "Repeat the wish and wait for agreement.",
+                    "Say what you would do, and do it after a yes.",
+                )
+            )
+        )
     if d.receipt:
-        lines += (rng.choice((f"Afterwards tell the {d.receipt}.", f"Name the {d.receipt} at the end.")),)
+        lines.append(
+            rng.choice(
+                (f"Afterwards tell the {d.receipt}.", f"Name the {d.receipt} at the end.", f"Then say the {d.receipt}.")
+            )
+        )
     special = [write_act(rng, d, act) for act in d.acts] + [write_fix(rng, d, fix) for fix in d.fixes]
-    special += write_shut(rng, d)
+    special.append(write_common(rng, d))
     rng.shuffle(special)
     return " ".join(line for line in (*lines, *special) if line)
 
@@ -246,29 +269,56 @@ def capital(text: str) -> str:
 def write_act(rng: Random, d: Domain, act: Act) -> str:
     """What the policy says about one act: when it is due, what it takes, what stands against it."""
     head = f"{capital(act.complaint)}: {act.verb}" if act.complaint else capital(act.verb)
-    what = f" by the {act.argument}" if act.argument == d.number else ""
-    rule = next((rule for rule in d.rules if rule.verb == act.verb), None)
-    if not rule:
-        return f"{head}{what}." if act.complaint or what else ""
-    value = str(rule.value).lower() if isinstance(rule.value, bool) else rule.value
-    when = f"{rule.field} is over {value}" if rule.over else f"{rule.field} is {value}"
-    if isinstance(rule.value, bool) and d.style == "plain":
-        when = rule.field if rule.value else f"not {rule.field}"
-    if not rule.reason:
-        return rng.choice((f"{head}{what}, but {d.hand_over} if {when}.", f"{head}{what}; if {when}: {d.hand_over}."))
-    forms = (
-        f'{head}{what}, but not if {when}: "{rule.reason}".',
-        f'{head}{what}. If {when}, not: "{rule.reason}".',
-        f'{head}{what}, no if {when} ("{rule.reason}").',
-    )
+    head += f" by the {act.argument}" if act.argument == d.number else ""
+    rules = [rule for rule in d.rules if rule.verb == act.verb]
+    noes = [rule for rule in rules if rule.reason]
+    text = head
+    if noes:
+        clauses = [write_no(rng, d, rule) for rule in noes]
+        lead = rng.choice((", but not if ", ", not if ", "; no if ", " unless "))
+        text += lead + " or ".join(clauses)
+        if len(noes) == 1 and noes[0].over and rng.random() < 0.3:
+            text = f'{head} up to {noes[0].field} {noes[0].value}, or else "{noes[0].reason}"'
+    for rule in rules:
+        if not rule.reason:
+            other = rule.instead
+            what = d.hand_over if not other else other.verb + (f" by the {d.number}" if other.argument else "")
+            when = write_condition(rng, d, rule)
+            text += rng.choice((f", but if {when} {what}", f"; if {when}, {what}", f"; {what} if {when}"))
+    return f"{text}." if rules or text != capital(act.verb) else ""
+
+
+def write_no(rng: Random, d: Domain, rule: Rule) -> str:
+    when = write_condition(rng, d, rule)
+    return rng.choice((f'{when} ("{rule.reason}")', f'{when}: "{rule.reason}"', f'{when}, that is "{rule.reason}"'))
+
+
+def write_condition(rng: Random, d: Domain, rule: Rule) -> str:
     if rule.over:
-        forms += (f'{head}{what} up to {rule.field} {value}, or else "{rule.reason}".',)
-    return rng.choice(forms)
+        how = rng.choice(("over", "over", "above", "more than"))
+        return f"{rng.choice(('', 'the '))}{rule.field} is {how} {rule.value}"
+    if isinstance(rule.value, bool):
+        plain = rule.field if rule.value else f"not {rule.field}"
+        return rng.choice((plain, f"it is {plain}", f"{rule.field} is {str(rule.value).lower()}"))
+    return rng.choice((f"{rule.field} is {rule.value}", f"the {rule.field} is {rule.value}", f"it is {rule.value}"))
 
 
-def write_shut(rng: Random, d: Domain) -> list[str]:
-    states = " or ".join(f'"{rule.value}"' for rule in d.rules if not rule.verb)
-    return [rng.choice((f"Do nothing when it is {states}.", f"Touch none that is {states}."))] if states else []
+def write_common(rng: Random, d: Domain) -> str:
+    """The rules against every act."""
+    states = [rule for rule in d.rules if not rule.verb and not rule.over]
+    text = ""
+    if states and states[0].reason == states[0].value:
+        shut = " or ".join(f'"{rule.value}"' for rule in states)
+        text = rng.choice(
+            (f"Do nothing when it is {shut}.", f"Touch none that is {shut}.", f"Leave alone what is {shut}.")
+        )
+    elif states:
+        shut = " or ".join(f'{rule.value} ("{rule.reason}")' for rule in states)
+        text = rng.choice((f"Do nothing when {d.state} is {shut}.", f"If {d.state} is {shut}, no act at all."))
+    limits = [rule for rule in d.rules if not rule.verb and rule.over]
+    for rule in limits:
+        text += f" If {rule.field} is over {rule.value}, {d.hand_over}."
+    return text.strip()
 
 
 def write_fix(rng: Random, d: Domain, fix: Fix) -> str:

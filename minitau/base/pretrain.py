@@ -32,7 +32,7 @@ from minitau.config import setting
 from minitau.engines.local import LocalEngine
 from minitau.episode import BadInput, Message, Sampling
 from minitau.log import run_script
-from minitau.model import ModelConfig, Qwen3, init_weights, packed_attention
+from minitau.model import Qwen3, packed_attention
 from minitau.run import adamw
 from minitau.sft import Conversation, to_trajectory
 
@@ -53,7 +53,7 @@ class Pretrain:
     batch_tokens: int = setting(131_072, "tokens of one step")
     lr: float = setting(2e-3, "peak learning rate of AdamW; 2% warm-up, then it falls as a cosine")
     heard_weight: float = setting(0.2, "weight in the loss of a token that the agent did not say; its own weigh 1")
-    forget_every: int = setting(100, "steps between two times that half of the ids get new embeddings")
+    forget_every: int = setting(100, "steps between two times that half of the ids get new embeddings; 0 is never")
     weight_decay: float = setting(0.05, "of AdamW; only matrices decay")
     beta1: float = setting(0.9, "of AdamW")
     beta2: float = setting(0.98, "of AdamW")
@@ -118,37 +118,16 @@ def encode(chat: Chat, talk: Conversation) -> tuple[list[int], list[bool]]:
 # -- tokenizer and model -----------------------------------------------------------------------------------
 
 
-def make_tokenizer(cfg: Pretrain, folder: Path) -> Chat:
-    """Numbers up to 999 and everyday words are one token each; the rest is learned from conversations."""
-    everyday = words.EVERYDAY + words.UNUSED
-    listed = [str(n) for n in range(1000)] + everyday + [f" {word}" for word in everyday if word.islower()]
-    texts = [line for line in listed for _ in range(2000)]
+def tokenizer_texts() -> list[str]:
+    """Numbers up to 999 and everyday words, often enough to be one token each; the rest is from conversations."""
+    listed = words.EVERYDAY + words.CAPITALS + words.UNUSED
+    whole = [str(n) for n in range(1000)] + listed + [f" {word}" for word in listed if word.islower()]
+    texts = [line for line in whole for _ in range(2000)]
     for i in range(5000):
         talk = draw_conversation(Random(f"tokenizer:{i}"))
         texts += [talk.opening.policy, *(tool["function"]["name"] for tool in talk.opening.tools)]
         texts += [m.content or call_text(m.calls[0]) for m in (*talk.opening.messages, *talk.messages)]
-    tokenizer = tiny.train_tokenizer(texts, cfg.vocab)
-    tokenizer.save_pretrained(folder)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    checkpoint.write_json(folder / "generation_config.json", ends)
-    return load_chat(folder, "native")
-
-
-def make_model(cfg: Pretrain, vocabulary: int) -> Qwen3:
-    model_cfg = ModelConfig(
-        vocab_size=vocabulary,
-        hidden_size=cfg.hidden,
-        intermediate_size=3 * cfg.hidden,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        num_key_value_heads=cfg.heads // 2,
-        head_dim=32,
-        rope_theta=10_000.0,
-        max_position_embeddings=4096,
-    )
-    model = Qwen3(model_cfg)
-    init_weights(model, cfg.seed)
-    return model
+    return texts
 
 
 @torch.no_grad()
@@ -215,7 +194,7 @@ def train(cfg: Pretrain, model: Qwen3, folder: Path, ids_V: Tensor) -> tuple[lis
         parallel.clip_grad_norm(model, 1.0)
         optimizer.step()
         seen_V[batch[0].long()] = True
-        if step % cfg.forget_every == 0 and step < FORGETTING * cfg.steps:
+        if cfg.forget_every and step % cfg.forget_every == 0 and step < FORGETTING * cfg.steps:
             half_V = ids_V & (torch.rand(len(ids_V), generator=generator) < 0.5)
             redraw(parallel.local(model.model.embed_tokens.weight), half_V, ids_V & seen_V, generator)
         tokens += len(batch[0])
@@ -285,15 +264,15 @@ def greedy_turns(engine: LocalEngine, chat: Chat, talk: Conversation) -> list[tu
 
 def main(argv: list[str]) -> None:
     cfg = config.parse(Pretrain, "python -m minitau.base.pretrain", "Pre-train the base model.", argv)
-    if not cfg.out:
-        raise BadInput("--out is needed")
+    tiny.check(cfg)
+    if cfg.batch_tokens < MAX_TOKENS or cfg.steps < 1 or cfg.scored < 1 or cfg.workers < 0 or cfg.forget_every < 0:
+        raise BadInput(f"--batch-tokens must be {MAX_TOKENS} or more, --steps and --scored 1, the others 0")
     folder = Path(cfg.out)
-    if (folder / "config.json").exists():
-        raise BadInput(f"{folder} holds a model already; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    chat = make_tokenizer(cfg, folder)
-    model = make_model(cfg, len(chat.tokenizer))
+    tiny.write_tokenizer(folder, tokenizer_texts(), cfg.vocab)
+    chat = load_chat(folder, "native")
+    model = tiny.random_model(cfg, len(chat.tokenizer), MAX_TOKENS)
     size = sum(parameter.numel() for parameter in model.parameters())
     seconds = time.perf_counter() - start
     print(f"{size / 1e6:.2f} M parameters, {len(chat.tokenizer)} tokens; the tokenizer took {seconds:.0f} s")

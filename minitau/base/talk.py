@@ -69,20 +69,19 @@ class Talk:
         self.credentials = [self.draw_credential(field, ids) for field in domain.asked]
         self.style = rng.randrange(60)
         self.shy = rng.random() < 0.3  # names the thing only when asked
-        self.known: set[str] = set()  # looked up
         self.messages: list[Message] = []
         self.over = False
-        wants = [self.draw_want(ids.pop()) for _ in range(1 if rng.random() < 0.8 else 2)]
+        self.wants = [self.draw_want(ids.pop()) for _ in range(1 if rng.random() < 0.8 else 2)]
         hasty = bool(domain.login) and rng.random() < 0.3
-        first = f"{rng.choice(('Hi', 'Hello', 'Good day', 'Excuse me'))}, {self.words_for(wants[0])}"
+        first = f"{rng.choice(('Hi', 'Hello', 'Good day', 'Excuse me'))}, {self.words_for(self.wants[0])}"
         first = first + " " + self.my(domain.asked) if hasty else first
         greeting = [Message("assistant", rng.choice(("Hello!", "Good day, what is it?", "How may I be of use?")))]
         self.opening = greeting * (rng.random() < 0.7) + [Message("user", first)]
         if domain.login:
             self.identify(hasty, rng.choices(("right", "slip", "never"), (0.75, 0.17, 0.08))[0], ids)
-        for i, want in enumerate(wants):
+        for want, following in zip(self.wants, [*self.wants[1:], None]):
             if not self.over:
-                self.serve(want, i == len(wants) - 1, wants[i + 1] if i + 1 < len(wants) else None)
+                self.serve(want, following)
 
     # -- what there is ------------------------------------------------------------------------------------
 
@@ -107,11 +106,15 @@ class Talk:
         """A want that at most one rule stands against."""
         d, rng = self.d, self.rng
         act = rng.choice(d.acts) if rng.random() < 0.85 and not d.fixes else None
-        mine = [rule for rule in d.rules if act and rule.verb in ("", act.verb)]
-        against = rng.choice(mine) if mine and rng.random() < 0.5 else None
+        mine = [rule for rule in d.rules if not rule.verb or (act and rule.verb == act.verb)]
+        against = rng.choice(mine) if mine and act and rng.random() < 0.5 else None
+        also = [rule for rule in d.rules if against and against.instead and rule.verb == against.instead.verb]
         record = self.draw_record()
-        while [rule for rule in mine if rule.holds(record)] != [against] * bool(against):
-            record = self.draw_record()
+        tries = 0
+        while [rule for rule in mine + also if rule.holds(record)] != [against] * bool(against):
+            record, tries = self.draw_record(), tries + 1
+            if tries == 100:  # that act is never possible where this one is not
+                against, also = None, []
         foreign = bool(d.holder) and not against and rng.random() < 0.12
         if foreign:
             record[d.holder] = self.stranger
@@ -165,10 +168,10 @@ class Talk:
             want.value
         )
 
-    def ends(self, last: bool, following: Want | None, lead: str = "") -> None:
+    def ends(self, following: Want | None, lead: str = "") -> None:
         """The customer goes on to the next wish, or leaves."""
         thanks = lead + self.rng.choice(THANKS)
-        if last or following is None:
+        if following is None:
             self.customer(f"{thanks} {self.rng.choice(BYE)}")
         else:
             self.shy = False
@@ -212,41 +215,43 @@ class Talk:
         )
         self.customer(self.my(self.d.asked))
 
-    def serve(self, want: Want, last: bool, following: Want | None) -> None:
+    def serve(self, want: Want, following: Want | None) -> None:
         d = self.d
         if self.shy:
             self.agent(f"Which {d.thing} is it?", f"What is the number of the {d.thing}?", f"Which {d.thing}?")
             self.customer(f"It is {want.id}.", f"{want.id}.", f"Number {want.id}.")
             self.shy = False
-        if want.id not in self.known:
-            self.known.add(want.id)
-            self.call(d.lookup, {d.thing: want.id}, want.record)
+        self.call(d.lookup, {d.thing: want.id}, want.record)
         if want.foreign:
-            return self.decline(d.holder_reason, last, following)
+            return self.decline(d.holder_reason, following)
         if want.codes:
-            return self.mend(want, last, following)
+            return self.mend(want, following)
         if not want.act:
             value = want.record[want.field]
             self.agent(f"The {want.field} is {value}.", f"It is {value}.", f"{want.field}: {value}.")
-            return self.ends(last, following)
-        if want.against and not want.against.reason:
+            return self.ends(following)
+        against = want.against
+        if against and not against.reason and not against.instead:
             return self.hand_over()
-        if want.against:
-            return self.decline(want.against.reason, last, following)
-        value = want.record[d.number] if want.act.argument == d.number else want.value
-        to = f" by {value}" if want.act.argument == d.number else self.towards(want) if value is not None else ""
+        if against and against.reason:
+            return self.decline(against.reason, following)
+        act = against.instead if against else want.act
+        value = want.record[d.number] if act.argument == d.number else want.value
+        to = f" by {value}" if act.argument == d.number else self.towards(want) if act.argument else ""
         if d.confirm:
-            what = f"{want.act.verb} {want.id}{to}"
-            self.agent(f"I would {what}. Agreed?", f"So I {what}, right?", f"Do you agree that I {what}?")
+            what = f"{act.verb} {want.id}{to}"
+            self.agent(
+                f"I would {what}. Agreed?", f"So I {what}, right?", f"Do you agree that I {what}?", f"Can I {what}?"
+            )
             if want.dropped:
                 self.customer(f"{self.rng.choice(NO)} {self.rng.choice(BYE)}")
                 self.over = True
                 return None
             self.customer(*YES)
-        receipt = self.act(want.act, want.id, value)
+        receipt = self.act(act, want.id, value)
         ready = self.rng.choice(("All set", "It is settled", "That worked", "Finished"))
         self.agent(f"{ready}: {d.receipt} {receipt}." if receipt else f"{ready}.")
-        return self.ends(last, following)
+        return self.ends(following)
 
     def act(self, act: Act, id: str, value: Any = None) -> str:
         """Call the tool; what it gives back to be told, "" if nothing."""
@@ -255,15 +260,15 @@ class Talk:
         self.call(act.tool, arguments, {self.d.receipt: receipt} if self.d.receipt else "ok")
         return receipt if self.d.receipt else ""
 
-    def decline(self, reason: str, last: bool, following: Want | None) -> None:
+    def decline(self, reason: str, following: Want | None) -> None:
         lines = (f"I am afraid not: {reason}.", f"That is ruled out: {reason}.", f"No: {reason}.")
         self.agent(*lines)
         if self.rng.random() < 0.3:
             self.customer(*BEND)
             self.agent(*lines)
-        self.ends(last, following)
+        self.ends(following)
 
-    def mend(self, want: Want, last: bool, following: Want | None) -> None:
+    def mend(self, want: Want, following: Want | None) -> None:
         """Bring a machine to work: the panel shows one code after the other."""
         d, rng = self.d, self.rng
         self.agent(f"What does the {d.panel} say?", f"What is on the {d.panel}?", f"Please read me the {d.panel}.")
@@ -284,4 +289,4 @@ class Talk:
                 receipt = self.act(tools[fix.tool], want.id)
                 told = f"{d.receipt} {receipt}. " if receipt else ""
             self.agent(f"{told}Please {fix.move}.", f"{told}Now {fix.move}.", f"{told}Could you {fix.move}?")
-        self.ends(last, following, self.rng.choice(("It works. ", "It runs again. ")))
+        self.ends(following, self.rng.choice(("It works. ", "It runs again. ")))
