@@ -89,7 +89,7 @@ def test_gold_is_paid_on_every_task(domain):
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_doing_nothing_hardly_pays(domain):
     assert rate(domain, "refuse") <= 0.05
-    assert 0 < rate(domain, "transfer") <= 0.12
+    assert 0 < rate(domain, "transfer") <= 0.15
 
 
 def test_flawed_leaves_headroom():

@@ -1,6 +1,6 @@
 """Courier: the embedded domain, a parcel company with three desks. Everything runs with no download.
 
-`desk` changes parcels, `claims` pays for broken, lost and late ones (often it must not), `locker`
+`desk` changes parcels, `claims` pays for broken and lost ones (often it must not), `locker`
 is dual control: only the customer can press the buttons. As in tau2, the tools enforce types and
 ids, not the policy: what the agent may do is its own choice, and the grader compares the final
 database with the one that the right choices leave behind. In reading order:

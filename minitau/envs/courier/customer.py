@@ -32,7 +32,6 @@ WANTS = {  # what a customer says it wants; {it} is the parcel, {to} a day or an
     "broken": ("{it} is broken, please refund it.", "{it} came broken. My money back!"),
     "renew": ("{it} is broken, please replace it.", "{it} came broken. A new one, please."),
     "lost": ("{it} is lost, please refund it.", "{it} never came. My money back!"),
-    "late": ("{it} is late, please refund some.", "{it} came late. Some money back!"),
     "locker": ("I cannot get {it} out.", "the locker keeps {it}."),
 }
 

@@ -30,22 +30,46 @@ from minitau.episode import Call
 
 TRANSFER, STRANGER, WRONG_LOCKER = "transfer", "stranger", "wrong locker"
 FINE = ("",)
-# What stands against the request, task by task in turn: the mixture of every split. A do-nothing
-# agent is paid only where a transfer is right.
+# What stands against the request, task by task in turn: the mixture of every split, 22 tasks a round. In
+# more than half of them the obvious is wrong. A do-nothing agent is paid where a transfer is right: in 3.
 TURNS = {
-    "desk": 15 * FINE + REASONS["desk"] + 2 * FINE + (TRANSFER, STRANGER),
-    "claims": 12 * FINE + REASONS["claims"] + 4 * FINE + (TRANSFER, STRANGER),
-    "locker": 14 * FINE + REASONS["locker"] + 2 * (WRONG_LOCKER,) + 3 * FINE + (TRANSFER, STRANGER),
+    "desk": (
+        *9 * FINE,
+        *3 * ("on the van",),
+        *2 * ("already delivered",),
+        *2 * ("over 3 days",),
+        *3 * (NOT_YOURS,),
+        *2 * (TRANSFER,),
+        STRANGER,
+    ),
+    "claims": (
+        *9 * FINE,
+        *3 * ("not insured",),
+        *2 * ("over 7 days",),
+        *3 * ("signed for",),
+        *2 * (NOT_YOURS,),
+        *2 * (TRANSFER,),
+        STRANGER,
+    ),
+    "locker": (
+        *10 * FINE,
+        *2 * ("only once",),
+        *2 * ("over 5 days",),
+        *2 * (NOT_YOURS,),
+        *3 * (WRONG_LOCKER,),
+        *2 * (TRANSFER,),
+        STRANGER,
+    ),
 }
 TOPICS = {
     "desk": ("ask", "day", "day", "address", "address", "hold", "cancel"),
-    "claims": ("broken", "broken", "renew", "lost", "lost", "late"),
+    "claims": ("broken", "broken", "renew", "lost", "lost"),
     "locker": ("locker",),
 }
 STATUS = {  # of a parcel, by what its owner wants; "delivered" for any other topic
     "ask": ("sorting", "van"),
     **dict.fromkeys(("day", "address", "hold", "cancel"), ("sorting", "sorting", "van", "delivered")),
-    "lost": ("missing", "missing", "delivered", "sorting", "van"),
+    "lost": ("missing", "delivered"),
     "locker": ("locker",),
 }
 FAULTS = (("E1",), ("E2",), ("E3",), ("E3",), ("E1", "E2"), ("E1", "E3"), ("E4",), ("E5",))
@@ -67,7 +91,6 @@ def draw_row(rng: Random, family: str, topic: str, owner: str) -> dict[str, Any]
         "status": rng.choice(STATUS.get(topic, ("delivered",))),
         "day": rng.choice(DAYS),
         "address": draw_address(rng),
-        "service": rng.choice(("basic", "express")),
         "age": rng.randint(1, 12),
         "value": rng.choice(VALUES),
     }
@@ -87,16 +110,14 @@ def against(topic: str, to: str, row: dict[str, Any], me: str, faults: tuple[str
     if row["owner"] != me:
         return [NOT_YOURS]
     value, age, status = row["value"], row["age"], row["status"]
-    claim = topic in ("broken", "renew", "lost", "late")
+    claim = topic in ("broken", "renew", "lost")
     rules = {
         "on the van": topic in ("day", "address", "hold", "cancel") and status == "van",
         "already delivered": topic in ("day", "address", "hold", "cancel") and status == "delivered",
-        "express only": row["service"] == "basic" and (topic == "late" or (topic == "day" and to == "Saturday")),
         "over 3 days": topic == "cancel" and age > 3,
         "not insured": topic in ("broken", "renew") and not row["insured"],
         "over 7 days": topic in ("broken", "renew") and age > 7,
         "signed for": topic == "lost" and status == "delivered",
-        "on its way": topic == "lost" and status in ("sorting", "van"),
         "only once": "E3" in faults and row.get("extended", False),
         "over 5 days": "E3" in faults and age > 5,
         TRANSFER: (claim and value > 200) or (topic == "address" and value > 100) or "E4" in faults,
@@ -107,8 +128,7 @@ def against(topic: str, to: str, row: dict[str, Any], me: str, faults: tuple[str
 
 def asked(topic: str, parcel: str, to: str, row: dict[str, Any]) -> tuple[Call, ...]:
     """What the customer says yes to: its own wish last, before it what the policy may offer instead."""
-    amount = 10 if topic == "late" else row["value"]
-    refund = Call("refund", {"parcel": parcel, "amount": amount})
+    refund = Call("refund", {"parcel": parcel, "amount": row["value"]})
     return {
         "ask": (),
         "day": (Call("move", {"parcel": parcel, "day": to}),),
@@ -118,7 +138,6 @@ def asked(topic: str, parcel: str, to: str, row: dict[str, Any]) -> tuple[Call, 
         "broken": (refund,),
         "renew": (Call("replace", {"parcel": parcel}),),
         "lost": (Call("search", {"parcel": parcel}), refund) if row["age"] <= 7 else (refund,),
-        "late": (refund,),
         "locker": (Call("unlock", {"parcel": parcel}), Call("extend", {"parcel": parcel})),
     }[topic]
 
@@ -159,9 +178,8 @@ def settle(topic: str, parcel: str, to: str, row: dict[str, Any], target: str, f
 
 def change_of_mind(rng: Random, wish: Wish, row: dict[str, Any]) -> tuple[Wish, ...]:
     """The wish, and maybe before it another about the same parcel that the customer will drop."""
-    if wish.topic == "day" and wish.say in (row["receipt"], "express only"):
-        topic = "day"
-        to = rng.choice([day for day in DAYS[:-1] if day not in (row["day"], wish.to)])
+    if wish.topic == "day" and wish.verdict == "do":
+        topic, to = "day", rng.choice([day for day in DAYS if day not in (row["day"], wish.to)])
     elif wish.topic in ("address", "hold") and wish.verdict == "do" and row["value"] <= 100:
         topic, to = "address", rng.choice([f"{n} {street}" for n in (1, 2) for street in STREETS])
     elif wish.topic in ("broken", "renew") and wish.verdict == "do":

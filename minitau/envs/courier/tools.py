@@ -13,23 +13,23 @@ from minitau.envs.courier.words import ACTS, DAYS
 from minitau.episode import Call
 
 COMMON = (
-    "First verify phone and PIN; if it fails twice, transfer. Then look the parcel up. Another owner: "
-    '"not yours". Before a change, name it and its parcel and get a yes; after it, tell the receipt. '
-    "Refuse what a rule forbids, with the quoted reason. Transfer only by a rule. Age is in days.\n"
+    "First ask for phone and PIN and verify; after two failures transfer. Then look the parcel up. "
+    'If the owner is a different person, say "not yours". Name the change and its parcel and wait for a '
+    "yes; after it tell the receipt. Transfer only by a rule.\n"
 )
 RULES = {
     "desk": (
-        'Change nothing "on the van" or "already delivered". Saturday: "express only". '
-        'Cancel: not "over 3 days". New address for a value over 100: transfer.'
+        'Change nothing if status is van ("on the van") or delivered ("already delivered"). '
+        'Cancel, but not if age is over 3: "over 3 days". Send; but if value is over 100, transfer.'
     ),
     "claims": (
-        'Value over 200: transfer. Broken: refund the value or replace, not if "not insured" or "over 7 '
-        'days". Lost: delivered is "signed for", sorting or van "on its way"; missing: search up to age 7, '
-        'later refund the value. Late: refund 10, "express only".'
+        'If value is over 200, transfer. Broken: refund by the value or replace, but not if not insured ("not '
+        'insured") or age is over 7 ("over 7 days"). Lost: if status is delivered, no ("signed for"); else search, '
+        "but if age is over 7 refund by the value."
     ),
     "locker": (
-        "Only the customer can press. It shows E1: press red. E2: unlock, then press blue. E3: extend, "
-        'then press red; "only once", not "over 5 days". E4: transfer. E5: tell the right locker. '
+        "Only the customer can press. E1: press red. E2: first unlock, then press blue. E3: first extend, then press "
+        'red, but not if extended ("only once") or age is over 5 ("over 5 days"). E4: transfer. E5: tell the locker. '
         "READY: press green. Any other blue breaks it."
     ),
 }
@@ -59,8 +59,8 @@ TOOLS = {  # name -> description, arguments
     "transfer": ("Hand over to a human.", ()),
 }
 SHOWN = {  # what `look` reads out
-    "desk": ("owner", "status", "day", "service", "age", "value"),
-    "claims": ("owner", "status", "service", "age", "value", "insured"),
+    "desk": ("owner", "status", "day", "age", "value"),
+    "claims": ("owner", "status", "age", "value", "insured"),
     "locker": ("owner", "locker", "age", "extended"),
 }
 WRITES: dict[str, Callable[..., dict[str, Any]]] = {  # what an act changes in the parcel's row

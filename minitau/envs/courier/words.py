@@ -35,8 +35,8 @@ ACTS = {
 # The words in which the policy says no.
 NOT_YOURS = "not yours"
 REASONS = {
-    "desk": ("on the van", "already delivered", "express only", "over 3 days", NOT_YOURS),
-    "claims": ("not insured", "over 7 days", "signed for", "on its way", "express only", NOT_YOURS),
+    "desk": ("on the van", "already delivered", "over 3 days", NOT_YOURS),
+    "claims": ("not insured", "over 7 days", "signed for", NOT_YOURS),
     "locker": ("only once", "over 5 days", NOT_YOURS),
 }
 
