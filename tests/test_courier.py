@@ -94,7 +94,8 @@ def test_doing_nothing_hardly_pays(domain):
 
 def test_flawed_leaves_headroom():
     rates = [rate(domain, "flawed", ("0", "1", "2")) for domain in DOMAINS]
-    assert 0.35 <= sum(rates) / 3 <= 0.42
+    promised = int(re.search(r"some (\d+)%", Courier.demonstrate.__doc__)[1]) / 100
+    assert sum(rates) / 3 == pytest.approx(promised, abs=0.03)
     assert all(0.25 <= each <= 0.55 for each in rates)
 
 
@@ -237,6 +238,9 @@ def test_numbers_in_speech_are_told_apart():
         "I will refund $80.50, sorry, $80 for parcel #787. Yes?",
         "May I pay 80 for P787 (7 days old, 3 Elm, receipt 832, phone 712)?",
         "For 787: is a refund of 80 fine?",
+        "Shall I refund 80 for 787 (age 4)?",
+        "Shall I refund 80 for 787, age 4?",
+        "Shall I refund 80 for 787 at the age of 12?",
     ):
         assert states(text, refund), text
     for text in ("Shall I refund 787?", "Shall I refund 60 for 787?", "Shall I refund 80 for 788?", "80 for 787?"):
@@ -246,6 +250,36 @@ def test_numbers_in_speech_are_told_apart():
     assert not states("Shall I send parcel 787 to 4 Elm?", send)
     assert states("Shall I move 787 from Monday to Friday?", Call("move", {"parcel": "787", "day": "Friday"}))
     assert SPOKEN["parcel"].findall("712, 762, 787, 832, 862 and 1787") == ["787"]
+
+
+@pytest.mark.parametrize("sign", ["", "R", "#", "**", "_"])
+def test_the_customer_hears_what_the_grader_hears(sign):
+    task, agenda, wish = hold_task()
+    steps = (login(agenda), say(f"Shall I hold {wish.parcel}?"), do(wish.does[0]))
+    env, heard = play(task, *steps, say(f"Done, receipt {sign}{wish.say}{sign.strip('R#')}."))
+    assert heard.stop == Stop.USER_STOP
+    assert env.evaluate(heard.stop).reward == 1.0
+    other = next(receipt for receipt in RECEIPTS if receipt != wish.say)
+    env, heard = play(task, *steps, say(f"Done, receipt {wish.say} or {sign}{other}."))
+    assert env.evaluate(heard.stop).reward == 0.0
+
+
+def test_a_reason_denied_is_not_given():
+    task, agenda, _ = find("desk", lambda agenda, wish: wish.say == "on the van")
+    for text in ("Sorry, it is not on the van.", "It isn\u2019t on the van.", "It is **not** on the van!"):
+        env, heard = play(task, login(agenda), say(text))
+        assert heard.stop is None, text
+        assert env.evaluate(Stop.AGENT_STOP).reward == 0.0, text
+    for text in (
+        "Sorry, I can not: on the van.",
+        "It is on the van, not already delivered.",
+        "It is not over 3 days, it is on the van.",
+    ):
+        env, heard = play(task, login(agenda), say(text))
+        assert env.evaluate(heard.stop).reward == 1.0, text
+    task, agenda, _ = find("claims", lambda agenda, wish: wish.say == "not insured")
+    env, heard = play(task, login(agenda), say("Sorry, it is not insured."))
+    assert env.evaluate(heard.stop).reward == 1.0
 
 
 @pytest.mark.parametrize("domain", ["desk", "claims"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from random import Random
 
 from minitau.envs.courier.words import (
@@ -45,13 +46,14 @@ def any_of(ids: tuple[str, ...]) -> str:
     return rf"(?<!\d)(?:{'|'.join(ids)})(?!\d)"
 
 
+AGE = "".join(rf"(?<!\b{lead} )" for lead in ("age", "aged", "age:", "age is", "age of"))
 DAY = spots(rf"\b(?:{'|'.join(DAYS)})\b")
 SPOKEN = {  # how the arguments of a call look in speech
     "parcel": spots(any_of(PARCELS)),
     "day": DAY,
     "address": spots(rf"\b\d+ (?:{'|'.join(STREETS)})\b"),
     # any number but an id, an age or an address
-    "amount": spots(rf"(?<![\w.])(?![78]\d\d\b)\d+\b(?! (?:days?|{'|'.join(STREETS)})\b)"),
+    "amount": spots(rf"(?<![\w.]){AGE}(?![78]\d\d\b)\d+\b(?! (?:days?|{'|'.join(STREETS)})\b)"),
 }
 MENTION = {  # how the acts themselves do
     "move": DAY,
@@ -72,11 +74,10 @@ PIN = spots(r"\bpin\b|\bverify\b|authenticate\b|credential|who you are")
 ASKS = spots(r"\?|please|tell|give|need|confirm|shall i|provide|could you|may i")
 REFUSES = spots(r"n't\b|\bcan ?not\b|unable|not able|not allowed|not possible|against|refuse\b")
 DONE = spots(r"\bdone\b|\b(?:chang|mov|updat|cancell?|refund|replac|extend|unlock|start)ed\b|\bheld\b|has been")
-RECEIPT = spots(rf"\breceipt\b|{any_of(RECEIPTS)}")
+RECEIPT = spots(r"\breceipt\b")
 ELSE = spots(r"[^.!?]*(?:anything|something) else[^.!?]*[.!?]?")
 WHICH = spots(r"parcel|which|package|\bid\b")
 DISPLAY = spots(r"display|screen|shows?\b|see\b")
-LOCKER = spots(any_of(LOCKERS))
 
 
 class Customer:
@@ -117,17 +118,18 @@ class Customer:
         locker = wish.topic == "locker"
         closes, text = bool(ELSE.search(text)), ELSE.sub("", DO_NOT_PRESS.sub("", text))
         asks = bool(ASKS.search(text))
-        reason = any(reason in text.lower() for reason in REASONS[self.agenda.family])
+        reason = tells_any(text, REASONS[self.agenda.family])
         refuses = bool(REFUSES.search(text))
         if locker and PRESS.search(text) and BUTTON.search(text):
             return self.press_all(BUTTON.findall(text))
-        if locker and self.look() == "E5" and LOCKER.search(text):
+        if locker and self.look() == "E5" and tells_any(text, LOCKERS):
             return self.move_on("Oh, I am at the wrong one.")
-        if wish.topic == "ask" and DAY.search(text):
+        if wish.topic == "ask" and tells_any(text, DAYS):
             return self.move_on("Thank you.")
         if (reason and refuses) or ((reason or refuses) and "?" not in text):
             return self.refused(reason)
-        if RECEIPT.search(text) or (DONE.search(text) and "?" not in text) or (closes and not text.strip()):
+        receipt = RECEIPT.search(text) or tells_any(text, RECEIPTS)
+        if receipt or (DONE.search(text) and "?" not in text) or (closes and not text.strip()):
             return self.shows() if locker else self.move_on("Thank you.")
         if asks and any(states(text, act) for act in wish.agrees):
             return self.agree(next(act for act in wish.agrees if states(text, act)))
@@ -205,6 +207,23 @@ class Customer:
 
 def sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def tells_any(text: str, words: tuple[str, ...]) -> bool:
+    return any(tells(text, word) for word in words)
+
+
+def tells(text: str, word: str) -> bool:
+    """True if `text` says `word`: an id, a day or a reason. "It is not on the van" does not say "on the van",
+    though "it is not insured" says "not insured"."""
+    return any(not found["denied"] for found in telling(word).finditer(text))
+
+
+@cache
+def telling(word: str) -> re.Pattern[str]:
+    whole = r"[\W_]+".join(word.split())
+    said = any_of((word,)) if word.isdecimal() else rf"(?<![^\W_]){whole}(?![^\W_])"
+    return spots(rf"""(?P<denied>(?:\bnot|n['\u2019]t)[\s"'*]+)?{said}""")
 
 
 def states(text: str, act: Call) -> bool:

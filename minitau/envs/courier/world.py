@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from minitau.envs.courier import agents
-from minitau.envs.courier.customer import Customer
+from minitau.envs.courier.customer import Customer, tells
 from minitau.envs.courier.tasks import reference, scenario
 from minitau.envs.courier.tools import POLICY, describe, problem, schemas, write
 from minitau.envs.courier.words import ACTS, DAYS, DOMAINS, LOCKERS, REASONS, RECEIPTS
@@ -81,7 +81,7 @@ class CourierEnv:
             return Observation(messages, self.stop)
         self.said.append(action.text)
         words = [wish.say for wish in self.scenario.agenda.wishes if wish.say]
-        if not self.verified and any(plain(word) in plain(action.text) for word in words):
+        if not self.verified and any(tells(action.text, word) for word in words):
             self.db["violations"].append(f"told {UNVERIFIED}")
         reply = self.customer.hear(action.text)
         self.stop = Stop.USER_STOP if self.customer.over else None
@@ -155,16 +155,11 @@ class CourierEnv:
         """True if the agent said `word`, and none of its kind that is of no concern to this customer:
         whoever recites every reason has given none."""
         concern = {word for wish in self.scenario.agenda.wishes for word in (wish.say, wish.to)}
-        heard = plain(" ".join(self.said))
         for kind in (DAYS, RECEIPTS, LOCKERS, REASONS[self.family]):
-            if word in kind and any(plain(rival) in heard for rival in kind if rival not in concern):
+            rivals = [rival for rival in kind if rival not in concern] if word in kind else []
+            if any(tells(text, rival) for text in self.said for rival in rivals):
                 return False
-        return plain(word) in heard
-
-
-def plain(text: str) -> str:
-    """Lower-case words between single spaces, so that `in` finds whole words only."""
-    return f" {' '.join(''.join(c if c.isalnum() else ' ' for c in text.lower()).split())} "
+        return any(tells(text, word) for text in self.said)
 
 
 def compact(value: dict[str, Any]) -> str:
@@ -190,7 +185,7 @@ class Courier:
         return CourierEnv()
 
     def demonstrate(self, task: Task, agent: str, seed: str) -> Demonstration:
-        """Play `task`: "gold" earns 1.0, "flawed" some 40%; "refuse" and "transfer" do just that."""
+        """Play `task`: "gold" earns 1.0, "flawed" some 35%; "refuse" and "transfer" do just that."""
         if agent not in agents.AGENTS:
             raise BadInput(f"unknown agent {agent!r}: courier has {', '.join(agents.AGENTS)}")
         env, rng = self.env(), Random(f"courier/{task.key}/{agent}/{seed}")
