@@ -35,16 +35,14 @@ def mean_over_tasks(tallies: Sequence[tuple[int, int]], estimator, k: int) -> fl
 def bootstrap_interval(tallies: Sequence[tuple[int, int]], *, draws: int = 10_000, seed: int = 0) -> list[float]:
     """95% percentile interval [low, high] of pass@1 under resampling of tasks.
 
-    Tasks, not episodes, are drawn again: trials of one task resemble each other. Where every task
-    has rate 0, or every task 1, resampling shows no spread at all, and the exact binomial bound of as
-    many tasks stands in (Clopper & Pearson 1934).
+    Tasks, not episodes, are drawn again: trials of one task resemble each other. Where all tasks
+    have the same rate, resampling shows no spread at all, and `unseen` stands in.
     """
     rates = np.sort([c / n for n, c in tallies if n])  # in whatever order the tasks were finished
     if not len(rates):
         return [0.0, 1.0]
-    if rates.max() == 0.0 or rates.min() == 1.0:
-        reach = 1.0 - 0.025 ** (1.0 / len(rates))
-        return [0.0, reach] if rates.max() == 0.0 else [1.0 - reach, 1.0]
+    if rates[0] == rates[-1]:
+        return unseen(float(rates[0]), len(rates), 0.0)
     picks = np.random.default_rng(seed).integers(0, len(rates), size=(draws, len(rates)))
     low, high = np.quantile(rates[picks].mean(axis=1), [0.025, 0.975])
     return [float(low), float(high)]
@@ -57,14 +55,23 @@ def bootstrap_difference(
 
     pairs: both (trials, successes) of each task. A task's two rates are drawn together, because a task
     that is hard for one agent is hard for the other. Where every task moved alike, resampling shows no
-    spread; then bootstrap_interval's bound says how far off the mean may be.
+    spread at all, and `unseen` stands in.
     """
     gaps = np.sort([new[1] / new[0] - old[1] / old[0] for old, new in pairs if old[0] and new[0]])
     if not len(gaps):
         return 0.0, [-1.0, 1.0]
     if gaps[0] == gaps[-1]:
-        reach, gap = 1.0 - 0.025 ** (1.0 / len(gaps)), float(gaps[0])
-        return gap, [max(-1.0, gap - reach), min(1.0, gap + reach)]
+        return float(gaps[0]), unseen(float(gaps[0]), len(gaps), -1.0)
     picks = np.random.default_rng(seed).integers(0, len(gaps), size=(draws, len(gaps)))
     low, high = np.quantile(gaps[picks].mean(axis=1), [0.025, 0.975])
     return float(gaps.mean()), [float(low), float(high)]
+
+
+def unseen(value: float, n: int, least: float) -> list[float]:
+    """What the mean over all tasks may be where each of `n` had the same `value`, which is between `least` and 1.
+
+    A share of tasks that none of n was drawn from is at most 1 - 0.025^(1/n) (the exact binomial bound,
+    Clopper & Pearson 1934), and the tasks in it may have any value: all of them `least`, or all of them 1.
+    """
+    share = 1.0 - 0.025 ** (1.0 / n)
+    return [value - share * (value - least), value + share * (1.0 - value)]

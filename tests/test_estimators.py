@@ -105,7 +105,9 @@ def test_interval_narrows_with_tasks_not_with_trials():
 def test_interval_without_trials():
     assert bootstrap_interval([]) == [0.0, 1.0]
     assert bootstrap_interval([(0, 0)]) == [0.0, 1.0]
-    assert bootstrap_interval([(0, 0), (4, 2)]) == [0.5, 0.5]  # lost tasks are left out
+    assert bootstrap_interval([(0, 0), (4, 2)]) == bootstrap_interval([(4, 2)])  # lost tasks are left out
+    assert bootstrap_interval([(4, 2)]) == pytest.approx([0.5 * 0.025, 1 - 0.5 * 0.025])  # one task says little
+    assert bootstrap_interval([(4, 4)] * 20) == pytest.approx([0.025 ** (1 / 20), 1.0])
 
 
 def test_a_difference_is_taken_task_by_task():
@@ -118,8 +120,23 @@ def test_a_difference_is_taken_task_by_task():
     assert swapped == pytest.approx(-gap) and ends == pytest.approx([-high, -low], abs=0.01)
 
 
+@pytest.mark.parametrize("usual", [-1.0, -0.5, 0.0, 0.5, 1.0])
+def test_a_difference_without_spread_covers(usual):
+    """The worst case: a share of tasks moves as far the other way as it can, and no task of it was drawn."""
+    old = 2 if usual < 0 else 0  # solved, of two trials
+    _, (low, high) = bootstrap_difference([((2, old), (2, old + int(2 * usual)))] * 30)
+    share = 1 - 0.025 ** (1 / 30)  # a larger one is missed by 30 tasks less often than 2.5 times in 100
+    for rare in (-1.0, 1.0):
+        assert low - 1e-9 <= (1 - share) * usual + share * rare <= high + 1e-9
+
+
 def test_a_difference_without_spread_or_tasks_is_not_certain():
     gap, (low, high) = bootstrap_difference([((4, 2), (4, 2))] * 20)
     assert gap == 0.0 and low == -high and 0.1 < high < 0.2
-    assert bootstrap_difference([((4, 0), (4, 4))])[1] == [pytest.approx(0.025), 1.0]
+    assert bootstrap_difference([((4, 0), (4, 4))])[1] == [pytest.approx(-0.95), 1.0]
+    up, ends = bootstrap_difference([((4, 1), (4, 3))] * 20)
+    down, mirrored = bootstrap_difference([((4, 3), (4, 1))] * 20)
+    share = 1 - 0.025 ** (1 / 20)
+    assert up == -down == 0.5 and ends == pytest.approx([0.5 - 1.5 * share, 0.5 + 0.5 * share])
+    assert mirrored == pytest.approx([-ends[1], -ends[0]])
     assert bootstrap_difference([]) == (0.0, [-1.0, 1.0]) == bootstrap_difference([((0, 0), (4, 1))])
