@@ -32,7 +32,10 @@ COMMON = "--micro-batch-tokens 8192 --max-tokens 2048"
 FLAGS = {
     "sft": f"--lr 1e-3 --batch-size 8 --save-every 100 {COMMON}",
     "rft": f"--lr 3e-4 --batch-size 8 {COMMON}",
-    "grpo": f"--lr 1e-4 --tasks-per-step 8 --group-size 8 --max-rounds 2 --kl 0 --weight-decay 0.01 {COMMON}",
+    # 132 tasks are 44 a family. Of all 768, 40 steps of 8 or 16 draws would never meet one again, and the
+    # curriculum, which goes by earlier visits, would have nothing to choose by.
+    "grpo": "--lr 1e-4 --tasks 132 --tasks-per-step 8 --group-size 8 --max-rounds 2 --kl 0 --weight-decay 0.01 "
+    f"--no-screen {COMMON}",
     "eval": "--temperature 1 --num-trials 4",
 }
 FLOORS = ("refuse", "transfer")
@@ -45,7 +48,7 @@ class Sizes:
 
     base: str = setting("models/base", "the model to start from, relative to the repository")
     resume: bool = setting(True, "go on where an earlier one in --out was; --no-resume starts over")
-    tasks: int = setting(18, "test tasks a domain in each evaluation, four trials each")
+    tasks: int = setting(22, "test tasks a domain in each evaluation, four trials each")
     demonstrations: int = setting(0, "conversations of a flawed scripted agent for SFT; 0 is one a training task")
     sft_epochs: int = setting(4, "passes over them")
     rft_tasks: int = setting(128, "training tasks that RFT samples, four times each")
@@ -146,21 +149,24 @@ def identity(cfg: Sizes, *leave_out: str) -> dict[str, Any]:
 def claim(out: Path, marker: str, identity: dict[str, Any], resume: bool) -> None:
     """Make a folder ours, under the name `marker`. One that holds something else is neither used nor, above
     all, removed. Raises BadInput for such a folder, and for one of other settings."""
-    path = out / marker
+    path, scratch = out / marker, out / f"{marker}.tmp"
     if out.is_file():
         raise BadInput(f"{out} is a file; --out must be a folder")
-    if out.exists() and any(out.iterdir()) and not path.is_file():
+    if out.exists() and {entry.name for entry in out.iterdir()} - {scratch.name} and not path.is_file():
+        # (The scratch file is all that a command leaves which was killed while it claimed the folder.)
         raise BadInput(f"{out} is not empty and was not made by this command; choose another --out")
     if not resume:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     settings = json.dumps(identity)
-    if path.is_file() and path.read_text() != settings:
+    if not path.is_file():
+        scratch.write_text(settings)
+        scratch.replace(path)  # whole or not at all: half a marker would be other settings
+    elif path.read_text() != settings:
         raise BadInput(
             f"{out} was begun with other settings or another base model; --no-resume starts over, or choose another "
             "--out"
         )
-    path.write_text(settings)
 
 
 # -- what it shows -----------------------------------------------------------------------------------------

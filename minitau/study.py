@@ -37,6 +37,7 @@ MARKER = ".minitau-study"
 STAGES = (*demo.FLOORS, "base", "sft", "rft", "grpo")  # of a demo, in order
 ARMS = ("more-rft", "no-curriculum", "shuffled")  # of every seed
 TWO_RANKS = "two-ranks"  # of the first seed
+AGAIN = 1_000_000  # what a second RFT adds to the seed: with the first one's it would sample the same once more
 RFT_SAMPLES = 4  # attempts at each task, unless the training tasks are too few for the budget
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py")
 
@@ -67,7 +68,8 @@ def play_arm(cfg: demo.Demo, arm: str) -> None:
     match arm:
         case "more-rft":
             tasks, samples = spread(budget, training_tasks())
-            model = demo.train(cfg, arm, "rft", start, "--tasks", str(tasks), "--samples", str(samples))
+            again = dataclasses.replace(cfg, seed=cfg.seed + AGAIN)
+            model = demo.train(again, arm, "rft", start, "--tasks", str(tasks), "--samples", str(samples))
         case "no-curriculum":
             model = demo.train(cfg, arm, "grpo", start, *size, "--no-curriculum")
         case "shuffled":
@@ -124,7 +126,7 @@ def demo_part(cfg: Study, seed: str) -> Part:
 def arm_parts(cfg: Study, seed: str) -> list[Part]:
     """What follows a seed's demo."""
     arms = (*ARMS, TWO_RANKS) if seed == cfg.seeds[0] else ARMS
-    flags = ("--seeds", seed, "--out", cfg.out, *size_flags(cfg))
+    flags = ("--seeds", seed, "--out", str(Path(cfg.out).resolve()), *size_flags(cfg))
     proofs = {arm: Path(demo_of(cfg, seed).out) / f"eval-{arm}" / "results.json" for arm in arms}
     return [Part(seed, arm, ("-m", "minitau.study", "--arm", arm, *flags), proofs[arm]) for arm in arms]
 

@@ -6,20 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import eval as evaluation
 import train
-from minitau import checkpoint, demo, sft, study
+from minitau import checkpoint, config, demo, rollout, sft, study
+from minitau.curriculum import Curriculum
+from minitau.envs import open_world
+from minitau.envs.courier.tasks import TURNS
 from minitau.episode import BadInput, Evaluation, Stop, Task, Trajectory
 from minitau.estimators import bootstrap_interval
 from minitau.log import run_script, whole_lines
 
 ROOT = Path(__file__).parent.parent
 STAGES = ["refuse", "transfer", "base", "sft", "rft", "grpo"]
-RUN = demo.run  # which most tests replace
+RUN, FLAGS = demo.run, demo.FLAGS  # which most tests replace
 SHORT = "--max-turns 2 --max-new-tokens 12"
 SMALL_FLAGS = {
     "sft": "--batch-size 8",
@@ -116,6 +120,43 @@ def test_a_demo_needs_a_base_model_and_a_folder_of_its_own(tmp_path, tiny_dir):
     assert (stranger / "letters.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("before", [{}, {"seed": 0}])
+def test_a_demo_killed_while_it_claims_its_folder_goes_on(before, monkeypatch, tmp_path):
+    out, settings = tmp_path / "out", {"seed": 0}
+    if before:
+        demo.claim(out, demo.MARKER, before, resume=True)
+        (out / "sft").mkdir()
+
+    def killed(path, text):
+        path.open("w").close()  # begun, and not a letter written
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        try:
+            demo.claim(out, demo.MARKER, settings, resume=True)
+        except KeyboardInterrupt:
+            assert not before, "what is written already is not written again"
+    demo.claim(out, demo.MARKER, settings, resume=True)
+    assert json.loads((out / demo.MARKER).read_text()) == settings
+    with pytest.raises(BadInput, match="other settings"):
+        demo.claim(out, demo.MARKER, {"seed": 1}, resume=True)
+
+
+def test_the_curriculum_meets_tasks_again():
+    """With the demo's numbers, and though no step plays a second round."""
+    cfg = config.parse(config.GRPO, "", "", ["--model", "m", "--out", "o", *FLAGS["grpo"].split()])
+    tasks = rollout.training_tasks(open_world(cfg), cfg.domains, cfg.tasks)
+    families = Counter(task.domain for task in tasks)
+    assert set(families.values()) == {2 * len(TURNS["desk"])}, "each family's whole mixture, twice"
+    curriculum, visits = Curriculum(tasks, seed=0), Counter()
+    for step in range(1, demo.Demo().steps + 1):
+        for task in curriculum.draw(step, cfg.tasks_per_step):
+            curriculum.update(task, [True, False])
+            visits[task] += 1
+    assert len(visits) == len(tasks) and sum(count > 1 for count in visits.values()) > len(tasks) / 2
+
+
 def test_a_step_that_fails_ends_the_demo(capfd):
     RUN("-c", "print('fine')")
     with pytest.raises(BadInput, match="status 3"):
@@ -161,17 +202,33 @@ def test_an_arm_starts_from_rft_and_plays_as_much_as_grpo(ran, played, arm):
     study.play_arm(cfg, arm)
     assert len(ran) == number + 2
     settings = json.loads((out / arm / "config.json").read_text())
-    assert settings["model"] == str(out / "rft" / "model") and settings["seed"] == 0
+    assert settings["model"] == str(out / "rft" / "model") and (settings["seed"] == 0) == (arm != "more-rft")
     assert settings["stage"] == ("rft" if arm == "more-rft" else "grpo")
     if settings["stage"] == "grpo":
         assert settings["curriculum"] == (arm != "no-curriculum")
         assert settings["shuffle_rewards"] == (arm == "shuffled")
     more = study.episodes_played(out / arm) - budget
     assert arm == study.TWO_RANKS or 0 <= more < 12, "less than a step above the budget"
+    if arm == "more-rft":  # the first RFT's attempts are not made once more
+        first, second = (json.loads((out / run / "config.json").read_text())["seed"] for run in ("rft", arm))
+        assert first != second and str(second) not in played.seeds
     rows = json.loads((out / f"eval-{arm}" / "results.json").read_text())
     assert rows[-1]["stage"] == arm and sum(rows[-1]["stops"].values()) == 12
     study.play_arm(cfg, arm)
     assert len(ran) == number + 2, "what is done is not done twice"
+
+
+def test_an_arm_finds_its_demo_from_anywhere(monkeypatch, tmp_path):
+    """The study is started in one folder, its arms in the repository."""
+    monkeypatch.chdir(tmp_path)
+    cfg = study.Study(out="here", seeds=("0",))
+    first, arms = study.demo_part(cfg, "0"), study.arm_parts(cfg, "0")
+    monkeypatch.chdir(ROOT)
+    at = str(tmp_path / "here" / "seed-0")
+    assert first.command[first.command.index("--out") + 1] == at
+    for part in arms:
+        theirs = config.parse(study.Study, "", "", list(part.command[2:]))
+        assert study.demo_of(theirs, "0").out == at and part.proof.is_relative_to(at)
 
 
 def test_an_arm_needs_its_demo(ran, played):
