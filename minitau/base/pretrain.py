@@ -42,7 +42,7 @@ MAX_TOKENS = 1024  # longer conversations are left out: they hardly occur
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """Pre-training of the base model from random weights. The defaults made models/base."""
+    """Pre-training of the base model from random weights."""
 
     out: str = setting("", "directory to write")
     vocab: int = setting(5120, "tokens at most")
