@@ -4,7 +4,8 @@ It is pre-trained on conversations of made-up service desks, each with tools, ru
 own, drawn without end. None of them is courier. In reading order:
 
     words.py     the words of the made-up world, and the numbers that it may use
-    domains.py   draws a domain: its tools, its rules, and the policy that states them
+    policy.py    what a domain is made of, and the policy that states it in sentences
+    domains.py   draws a domain: its things, tools and rules
     talk.py      draws a conversation of a domain's customer with an agent that goes by the policy
     pretrain.py  the tokenizer, the training loop, and the scores on held-out domains
 """

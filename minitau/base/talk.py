@@ -11,7 +11,8 @@ from random import Random
 from typing import Any
 
 from minitau.base import words
-from minitau.base.domains import Act, Domain, Fix, Rule, draw_domain
+from minitau.base.domains import draw_domain
+from minitau.base.policy import Act, Domain, Fix, Rule
 from minitau.episode import Call, Message, Opening
 from minitau.sft import Conversation
 
