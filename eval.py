@@ -22,11 +22,13 @@ from typing import Any
 import torch
 
 from minitau import checkpoint, config, parallel, rollout, tau2_results
+from minitau.chat import Chat
 from minitau.engines import open_engine
 from minitau.envs import open_world
 from minitau.episode import BadInput, EpisodeError, Task, Trajectory, World
 from minitau.estimators import bootstrap_interval, counted, mean_over_tasks, pass_at_k, pass_hat_k
 from minitau.log import open_to_append, progress_bar, run_script
+from minitau.model import Qwen3
 from minitau.report import by_domain, read_episodes, table, tallies
 from minitau.run import claim_run_dir, open_chat
 from minitau.tasks import FLOORS, fingerprint, for_evaluation
@@ -61,7 +63,7 @@ def play(
     jobs: Sequence[tuple[Task, int]],
     agent: str,
     folder: Path,
-    policy: tuple[Any, Any] | None = None,
+    policy: tuple[Qwen3 | None, Chat] | None = None,
 ) -> list[Trajectory]:
     """Play the (task, trial) of `jobs` that `folder` does not hold yet, and return all that it then holds.
 
@@ -83,7 +85,8 @@ def play(
         if policy:
             model, chat = policy
             engine = open_engine(cfg, model, chat.stop_ids)
-            engine.sync(parallel.full_weights(model), version=0)
+            if model:
+                engine.sync(parallel.FullWeights(model), version=0)
             stage = rollout.open_stage(cfg, world, engine, chat)
             rollout.collect(missing, stage, seed=f"{cfg.seed}:eval", label="evaluating", on_done=keep)
             engine.close()
@@ -93,12 +96,15 @@ def play(
     return list(read_episodes(folder).values())
 
 
-def open_policy(cfg: config.Evaluation) -> tuple[Any, Any]:
+def open_policy(cfg: config.Evaluation) -> tuple[Qwen3 | None, Chat]:
+    """The model, unless the engine reads it for itself, and its chat. Raises BadInput."""
     if not cfg.model:
         raise BadInput("--model is needed to evaluate a policy; --agent gold, refuse or transfer needs none")
     chat = open_chat(cfg.model, cfg.dialect)
+    chat.check_vocabulary(checkpoint.read_config(cfg.model).vocab_size)
+    if cfg.engine == "sglang":
+        return None, chat  # the server reads the weights itself
     model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype))
-    chat.check_vocabulary(model.cfg.vocab_size)
     return model.requires_grad_(False), chat
 
 

@@ -1,10 +1,11 @@
 """The customer's side of tau2-bench, served from a model of one's own behind an OpenAI endpoint.
 
-    python serve_user.py --model MODEL --port 30001
+    python serve_user.py --model MODEL --port 30001                  SGLang, on GPUs
+    python serve_user.py --model MODEL --port 30001 --engine local   this process, also on a CPU
 
 tau2's user simulator reaches it through litellm, tools included. It listens on loopback only: it
-asks for no password. Only what a user simulator needs is there: /v1/chat/completions (no
-streaming), /v1/models and /health.
+asks for no password. SGLang's endpoint is its own, with a parser of tool calls; the local one has what
+a user simulator needs: /v1/chat/completions (no streaming), /v1/models and /health.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +27,12 @@ from minitau import checkpoint, config, parallel
 from minitau.chat import Chat
 from minitau.conversations import read_message
 from minitau.engines import open_engine
+from minitau.engines.server import HOST, Server, port_is_taken
+from minitau.engines.sglang import DEATHS, ENVIRONMENT, LONG_LIFE, command_line
 from minitau.episode import Action, BadInput, Engine, EngineError, Opening, Sampling
 from minitau.log import run_script
 from minitau.run import open_chat
 
-HOST = "127.0.0.1"
 NAME = "minitau-user"  # the model's name on the endpoint
 
 
@@ -133,10 +136,8 @@ def make_server(cfg: config.Server, chat: Chat, engine: Engine) -> ThreadingHTTP
     return Server((HOST, cfg.port), Handler)
 
 
-def main(argv: list[str]) -> None:
-    cfg = config.parse(config.Server, "serve_user.py", "Serve a user simulator over HTTP.", argv)
-    if not cfg.model:
-        raise BadInput("--model is needed")
+def serve_local(cfg: config.Server) -> None:
+    """Serve from this process until ctrl-C. Raises BadInput."""
     chat = open_chat(cfg.model, "native")
     model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype)).requires_grad_(False)
     chat.check_vocabulary(model.cfg.vocab_size)
@@ -144,10 +145,73 @@ def main(argv: list[str]) -> None:
         server = make_server(cfg, chat, open_engine(cfg, model, chat.stop_ids))
     except (OSError, OverflowError) as error:
         raise BadInput(f"port {cfg.port}: {error}; choose another --port") from None
-    print(f"serving {cfg.model}; give train.py and eval.py", flush=True)
-    print(f"  --user-model openai/{NAME} --user-api-base http://{HOST}:{server.server_port}/v1", flush=True)
+    announce(cfg, server.server_port)
     with contextlib.suppress(KeyboardInterrupt):  # the way to end it
         server.serve_forever()
+
+
+def serve_sglang(cfg: config.Server) -> None:
+    """Start SGLang, say when it is ready, and start it again when it dies, until ctrl-C.
+
+    Raises BadInput if it cannot be started as asked, EngineError if it died too often in a row.
+    """
+    server = Server(
+        lambda port: sglang_command(cfg, port),
+        Path(cfg.log),
+        "SGLang",
+        environment={**ENVIRONMENT, **({"CUDA_VISIBLE_DEVICES": ",".join(cfg.gpus)} if cfg.gpus else {})},
+        port=cfg.port,
+    )
+    deaths = 0
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(server):
+        while True:
+            server.start(cfg.engine_timeout)
+            announce(cfg, server.port)
+            while server.alive():
+                time.sleep(1.0)
+            deaths = 1 if server.age() > LONG_LIFE else deaths + 1
+            if deaths == DEATHS:
+                raise EngineError(f"SGLang died {deaths} times in a row; {server.last_words()}")
+            print(f"SGLang died and is started again; {server.last_words()}", flush=True)
+            server.close()
+
+
+def sglang_command(cfg: config.Server, port: int) -> list[str]:
+    """How SGLang is started on `port`. Raises BadInput."""
+    copies, rest = divmod(len(cfg.gpus) or cfg.tp, cfg.tp)
+    if rest:
+        raise BadInput(f"--gpus names {len(cfg.gpus)} GPUs, which --tp {cfg.tp} does not divide")
+    flags = {
+        "--model-path": cfg.model,
+        "--served-model-name": NAME,
+        "--host": HOST,
+        "--port": port,
+        "--dtype": cfg.dtype,
+        "--tp-size": cfg.tp,
+        "--dp-size": copies,
+        "--mem-fraction-static": cfg.mem_fraction,
+        "--context-length": cfg.max_tokens,
+        "--max-running-requests": cfg.concurrency,
+        "--tool-call-parser": "qwen",
+    }
+    return command_line(cfg.engine_command, flags, [])
+
+
+def announce(cfg: config.Server, port: int) -> None:
+    """Say that it is ready, and what to paste where train.py and eval.py are called."""
+    print(f"serving {cfg.model}; for train.py and eval.py", flush=True)
+    print(f"export TAU2_USER_MODEL=openai/{NAME}", flush=True)
+    print(f"export TAU2_USER_API_BASE=http://{HOST}:{port}/v1", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    cfg = config.parse(config.Server, "serve_user.py", "Serve a user simulator over HTTP.", argv)
+    if not cfg.model:
+        raise BadInput("--model is needed")
+    checkpoint.read_config(cfg.model)  # before anything slow
+    if port_is_taken(cfg.port):
+        raise BadInput(f"port {cfg.port} is taken; choose another --port, or 0 for any that is free")
+    {"sglang": serve_sglang, "local": serve_local}[cfg.engine](cfg)
 
 
 if __name__ == "__main__":

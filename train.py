@@ -25,10 +25,12 @@ from minitau.engines import open_engine
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory, World
 from minitau.log import Clock, file_sha256, run_script, write_jsonl
-from minitau.model import Qwen3, packed_attention
+from minitau.model import Qwen3
+from minitau.probe import sync
 from minitau.run import (
     Run,
     export,
+    forward,
     micro_batches,
     open_chat,
     open_reference,
@@ -87,7 +89,7 @@ def train_grpo(cfg: config.GRPO) -> None:
     reference = open_reference(cfg) if cfg.kl else None
     engine = open_engine(cfg, run.model, run.chat.stop_ids)
     stage = rollout.open_stage(cfg, world, engine, run.chat)
-    engine.sync(parallel.full_weights(run.model), version=run.step)
+    sync(engine, run, cfg, version=run.step)
     run.log.start("GRPO", cfg.steps, run.step)
     clock = Clock()
     for step in range(run.step + 1, cfg.steps + 1):
@@ -97,6 +99,7 @@ def train_grpo(cfg: config.GRPO) -> None:
             groups, played, drawn = draw_groups(cfg, step, curriculum, stage)
         if warning := rollout.require_verdicts(played):
             say(warning)
+        engine.sleep()
         episodes += len(played)
         if cfg.shuffle_rewards:
             groups = shuffled(groups, seed=f"{cfg.seed}:{step}:shuffle")
@@ -110,12 +113,13 @@ def train_grpo(cfg: config.GRPO) -> None:
         with clock.phase("update"):
             losses = [update(run, cfg, mbs, lambda mb: grpo_loss(run.model, mb, cfg), cfg.lr) for mbs in updates]
         with clock.phase("sync"):
-            engine.sync(parallel.full_weights(run.model), version=step)
+            drift_of_sync = sync(engine, run, cfg, version=step)
         metrics = {
             "step": step,
             **rollout.summary(played),
             **drawn,
             **mean_of(losses),
+            **drift_of_sync,
             **clock.report(),
         }
         run.log.write(metrics, ("reward", "partial", "zero_variance_share"))
@@ -210,12 +214,6 @@ def mean_of(losses: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(each[name] for each in losses) / len(losses) for name in (losses[0] if losses else ())}
 
 
-def forward(model: Qwen3, mb: batch.MicroBatch, temperature: float, dtype: str) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of what the agent said, and entropies there: (N,) each."""
-    attend = packed_attention(mb.cu_seqlens, mb.ids_T.device, getattr(torch, dtype))
-    return model(mb.ids_T, mb.positions_T, attend, mb.predict_N, mb.targets_N, temperature)
-
-
 @torch.no_grad()
 def score(model: Qwen3, mb: batch.MicroBatch, cfg: config.GRPO, name: str) -> batch.MicroBatch:
     """`mb` with the log-probabilities of `model` under `name`."""
@@ -292,7 +290,7 @@ def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Seq
             stage = stage or rollout.open_stage(cfg, world, open_engine(cfg, run.model, run.chat.stop_ids), run.chat)
             clock = Clock()
             with clock.phase("sync"):  # also forgets cached prefixes: a round repeats bit for bit
-                stage.engine.sync(parallel.full_weights(run.model), version=0)
+                sync(stage.engine, run, cfg, version=0)
             with clock.phase("rollout"):
                 jobs = rollout.group_jobs(tasks, cfg.samples)
                 played = rollout.collect(jobs, stage, seed=f"{cfg.seed}:rft:{number}", label=f"round {number}")

@@ -139,6 +139,8 @@ class Scripted:
 
     def leave(self) -> None: ...
 
+    def tend(self) -> None: ...
+
     def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, session: str, seed: int) -> Completion:
         with self.lock:
             turn, self.turns[session] = self.turns[session], self.turns[session] + 1

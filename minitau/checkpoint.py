@@ -232,7 +232,7 @@ def save(
         try:
             scratch.mkdir(parents=True, exist_ok=True)
             parallel.save_state(scratch / "state", model, optimizer)
-            save_pretrained(scratch / "model", model.cfg, parallel.full_weights(model), dtype, tokenizer_dir)
+            save_pretrained(scratch / "model", model.cfg, parallel.FullWeights(model), dtype, tokenizer_dir)
             if parallel.is_main():
                 write_json(scratch / "state.json", {"step": step, **state})
         except OSError as error:

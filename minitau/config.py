@@ -35,7 +35,16 @@ class Episodes:
     domains: tuple[str, ...] = setting(("desk", "claims", "locker"), "comma-separated domains of that world")
     task_file: str = setting("", "which tasks, as `python -m minitau.tasks` writes them; instead of domains and split")
     dialect: str = setting("native", "how the agent speaks and calls tools", ("native", "single-call"))
-    engine: str = setting("local", "what samples from the policy", ("local",))
+    engine: str = setting(
+        "local", "what samples from the policy: a server a rank, or this process", ("local", "sglang")
+    )
+    engine_command: str = setting(
+        "",
+        "sglang: how a server is started, with more of its flags if wanted; '' is this Python's sglang.launch_server",
+    )
+    engine_url: tuple[str, ...] = setting((), "sglang: servers that run already, one a rank; none is started then")
+    engine_mem: float = setting(0.4, "sglang: part of its GPU's memory for a server's weights and KV cache")
+    engine_timeout: float = setting(600.0, "sglang: seconds until a start, or a reply, counts as never coming")
     temperature: float = setting(1.0, "of the policy's sampling; 0 is greedy (evaluation only)")
     max_new_tokens: int = setting(128, "tokens of one reply at most")
     max_tokens: int = setting(2048, "tokens of one conversation at most")
@@ -58,6 +67,9 @@ class Episodes:
         variable="TAU2_USER_API_BASE",
     )
     user_temperature: float = setting(0.7, "tau2: the customer's temperature", variable="TAU2_USER_TEMPERATURE")
+    max_drift: float = setting(
+        0.1, "sglang: end when, after a sync, engine and trainer differ by more nats a sampled token"
+    )
     policy: tuple[str, ...] = setting(
         (), "tau2: a file whose text replaces the domain's policy; with several domains DOMAIN=FILE,DOMAIN=FILE"
     )
@@ -147,6 +159,7 @@ class GRPO(Training, Episodes):
     importance_cap: float = setting(2.0, "cap of the trainer/engine importance weight; 0 turns it off")
     sequence_low: float = setting(0.5, "trajectories whose mean trainer/engine ratio is lower are masked")
     sequence_high: float = setting(2.0, "trajectories whose mean trainer/engine ratio is higher are masked")
+    engine_sleep: bool = setting(False, "sglang: give the KV cache's memory to the trainer while it trains")
     lr: float = setting(1e-6, "learning rate of AdamW, constant")
     weight_decay: float = setting(0.1, "of AdamW")
 
@@ -221,14 +234,22 @@ class Server:
     """The user simulator's endpoint."""
 
     model: str = setting("", "a Hugging Face directory of a dense Qwen3")
-    dtype: str = setting("float32", "of its weights", ("float32", "bfloat16"))
-    engine: str = setting("local", "what samples from the model", ("local",))
+    engine: str = setting("sglang", "what samples from the model: SGLang, or this process", ("sglang", "local"))
     port: int = setting(30001, "on 127.0.0.1; 0 takes any that is free")
-    temperature: float = setting(0.7, "where a request names none")
-    max_new_tokens: int = setting(256, "tokens of one reply, where a request names no limit")
+    gpus: tuple[str, ...] = setting((), "sglang: which GPUs, by number; those that are visible if empty")
+    tp: int = setting(1, "sglang: GPUs that one copy of the model is spread over; the others hold further copies")
+    mem_fraction: float = setting(0.85, "sglang: part of a GPU's memory to take; small beside a trainer")
+    engine_command: str = setting(
+        "", "sglang: how it is started, with more of its flags if wanted; '' is this Python's sglang.launch_server"
+    )
+    engine_timeout: float = setting(600.0, "sglang: seconds until a start counts as never coming")
+    log: str = setting("outputs/serve_user.log", "sglang: file that its log is appended to")
+    dtype: str = setting("bfloat16", "of the weights", ("float32", "bfloat16"))
+    temperature: float = setting(0.7, "local: where a request names none")
+    max_new_tokens: int = setting(256, "local: tokens of one reply, where a request names no limit")
     max_tokens: int = setting(32_768, "tokens of one conversation at most")
-    concurrency: int = setting(32, "conversations whose prefix stays cached, and the largest batch")
-    patience: float = setting(0.0, "seconds the engine waits before a step for others to join it")
+    concurrency: int = setting(64, "conversations at once: whose prefix stays cached, and the largest batch")
+    patience: float = setting(0.0, "local: seconds the engine waits before a step for others to join it")
 
 
 STAGES = {"sft": SFT, "rft": RFT, "grpo": GRPO}
@@ -377,12 +398,12 @@ def out_of_range(name: str, value: Any) -> str:
 
 POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
     "max_new_tokens max_tokens max_turns max_bad_calls concurrency epochs batch_size samples round_tasks steps "
-    "tasks_per_step updates_per_step max_rounds num_trials micro_batch_tokens save_every keep"
+    "tasks_per_step updates_per_step max_rounds num_trials micro_batch_tokens save_every keep engine_timeout"
 ).split()
 
 NOT_NEGATIVE = (  # noqa: SIM905  (likewise)
     "lr weight_decay max_grad_norm warmup alpha clip_low clip_high entropy kl importance_cap sequence_low "
-    "sequence_high min_partial max_refused tasks episodes patience temperature user_temperature"
+    "sequence_high min_partial max_refused tasks episodes patience temperature user_temperature max_drift"
 ).split()
 
 NOT_EMPTY = ("user_model",)
@@ -410,6 +431,12 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
         raise BadInput("--policy is for --env tau2; courier's policies are part of its tasks")
     if values.get("agent") == "flawed" and values["env"] == "tau2":
         raise BadInput("--agent flawed: tau2 has gold, refuse and transfer")
+    if values.get("engine") == "local":
+        for name in ("engine_url", "engine_command", "engine_sleep"):
+            if values.get(name):
+                raise BadInput(f"--{name.replace('_', '-')} is for --engine sglang")
+    if not 0 < values.get("engine_mem", 0.5) < 1:
+        raise BadInput(f"--engine-mem is {values['engine_mem']}; it must be between 0 and 1")
     if isinstance(cfg, (RFT, GRPO)) and cfg.temperature <= 0:
         raise BadInput(f"--temperature is {cfg.temperature}; training samples need a temperature above 0")
     if isinstance(cfg, (RFT, GRPO)) and cfg.max_tokens > cfg.micro_batch_tokens:
@@ -432,6 +459,11 @@ FREE_ON_RESUME = {
     "user_api_base",
     "task_file",  # its content is recorded, and may not change
     "floors",
+    "engine_command",
+    "engine_url",
+    "engine_mem",
+    "engine_timeout",
+    "engine_sleep",
 }
 
 

@@ -9,10 +9,10 @@ size and every loss stays a sum over the global batch. It must not know what is 
 from __future__ import annotations
 
 import datetime
-import itertools
 import os
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,21 +100,54 @@ def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
 class SharedQueue:
     """The indices 0..n-1, each handed out once over all ranks and threads, to whoever asks first.
 
-    The counter lives in the store that torchrun already runs. `name` must be new for each queue
-    and the same on every rank.
+    `name` must be new for each queue and the same on every rank. With `each_rank` every rank gets them all.
     """
 
-    def __init__(self, name: str, n: int):
+    def __init__(self, name: str, n: int, each_rank: bool = False):
         self.name, self.n = name, n
-        self.count = itertools.count()
-        self.lock = threading.Lock()
-        self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+        self.counter = f"queue/{name}/{rank()}" if each_rank else f"queue/{name}"
+        for counter in (self.counter, f"left/{name}"):
+            COUNTS.pop(counter, None)  # a single process may play the same twice
 
     def take(self) -> int | None:
         """The next index, or None when there is none left."""
-        with self.lock:
-            index = next(self.count) if self.store is None else self.store.add(f"queue/{self.name}", 1) - 1
+        index = count(self.counter) - 1
         return index if index < self.n else None
+
+    def leave(self) -> None:
+        """This rank is done with what it took."""
+        count(f"left/{self.name}")
+
+    def left(self) -> bool:
+        """True once all ranks are."""
+        return count(f"left/{self.name}", 0) >= world_size()
+
+
+LOCK = threading.Lock()
+COUNTS: Counter[str] = Counter()  # of a single process; otherwise they stand in the store that torchrun already runs
+ANSWERED: Counter[str] = Counter()  # announcements that this rank has answered, by name
+
+
+def count(name: str, more: int = 1) -> int:
+    """Add to a counter that all ranks share; what it is then. Any thread may."""
+    with LOCK:
+        if dist.is_initialized() and world_size() > 1:
+            return dist.distributed_c10d._get_default_store().add(f"count/{name}", more)
+        COUNTS[name] += more
+        return COUNTS[name]
+
+
+def announce(name: str) -> None:
+    """Ask every rank's main thread for something that all must do together: see `announced`."""
+    count(f"announced/{name}")
+
+
+def announced(name: str) -> bool:
+    """True once on every rank for each `announce` of any rank. Ranks that poll it do the same things in turn."""
+    if ANSWERED[name] < count(f"announced/{name}", 0):
+        ANSWERED[name] += 1
+        return True
+    return False
 
 
 def shard(model: nn.Module, blocks: nn.ModuleList, compute_dtype: torch.dtype) -> None:
@@ -154,16 +187,37 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of every parameter, one at a time; all ranks must iterate to the end.
+class FullWeights:
+    """(name, whole tensor) of every parameter, one at a time; all ranks must iterate to the end, each time.
 
-    A plain module yields its own parameters, not copies.
+    A plain module gives its own parameters, not copies. Sharded ones are gathered in `dtype`, if one is given: half
+    the bytes on the wire if that is half as wide.
     """
-    if isinstance(model, FSDPModule):
-        model.reshard()  # a forward without backward leaves the root's parameters gathered, in compute dtype
-    for name, parameter in model.named_parameters():
-        whole = parameter.detach()
-        yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None):
+        self.model, self.dtype = model, dtype
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # a forward without backward leaves the root's parameters gathered, in compute dtype
+        for name, parameter in self.model.named_parameters():
+            yield name, whole(parameter.detach(), self.dtype)
+
+
+def whole(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """All of a tensor that may be sharded along its rows, on every rank."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mine = tensor.to_local()
+    if world_size() == 1:
+        return mine
+    # Every rank but the last ones holds as many rows, so the whole stands in one piece before the padding.
+    rows = -(-tensor.shape[0] // world_size())
+    padded = mine.new_zeros(rows, *tensor.shape[1:], dtype=dtype or tensor.dtype)
+    padded[: len(mine)] = mine
+    gathered = padded.new_empty(world_size() * rows, *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded, group=tensor.device_mesh.get_group())
+    return gathered[: tensor.shape[0]]
 
 
 def local(parameter: nn.Parameter) -> Tensor:

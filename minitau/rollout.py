@@ -33,6 +33,8 @@ from minitau.episode import (
 from minitau.log import progress_bar
 from minitau.reward import partial
 
+TEND_SECONDS = 0.2  # between two looks of the waiting thread after its engine
+POLL_SECONDS = 0.02  # likewise, once its own threads are done
 TOO_MANY_BROKEN = 0.05  # share of episodes that broke on our side above which it is said loudly
 
 
@@ -167,48 +169,66 @@ def collect(
     """
     queue = parallel.SharedQueue(seed, len(jobs))
     played: dict[int, Trajectory] = {}
-    problems: list[BaseException] = []
     lock = threading.Lock()
     workers = min(stage.concurrency, math.ceil(len(jobs) / parallel.world_size()))
     total = len(jobs) if parallel.world_size() == 1 else None
     progress = progress_bar(label, total, "episode", shown=parallel.is_main())
 
-    def work() -> None:
+    def work(index: int) -> None:
+        task, sample = jobs[index]
+        trajectory = play(
+            task,
+            stage.world.env(),
+            stage.engine,
+            stage.chat,
+            sampling=stage.sampling,
+            limits=stage.limits,
+            sample=sample,
+            seed=f"{seed}:{task.key}:{sample}",
+        )
+        with lock:
+            played[index] = trajectory
+            progress.update()
+            if on_done:
+                on_done(trajectory)
+
+    in_threads(work, queue, workers, stage.engine)
+    progress.close()
+    everyone = {index: t for part in parallel.gather(played) for index, t in part.items()}
+    return [everyone[index] for index in range(len(jobs))]
+
+
+def in_threads(work: Callable[[int], None], queue: parallel.SharedQueue, count: int, engine: Engine) -> None:
+    """Do `work` on what `queue` hands out, in `count` threads a rank, until those of all ranks are done.
+
+    Meanwhile this thread tends the engine. Raises what a thread raised; the others take nothing more then.
+    """
+    problems: list[BaseException] = []
+
+    def run() -> None:
         try:
             while not problems and (index := queue.take()) is not None:
-                task, sample = jobs[index]
-                trajectory = play(
-                    task,
-                    stage.world.env(),
-                    stage.engine,
-                    stage.chat,
-                    sampling=stage.sampling,
-                    limits=stage.limits,
-                    sample=sample,
-                    seed=f"{seed}:{task.key}:{sample}",
-                )
-                with lock:
-                    played[index] = trajectory
-                    progress.update()
-                    if on_done:
-                        on_done(trajectory)
+                work(index)
         except BaseException as error:
             problems.append(error)
         finally:
-            stage.engine.leave()
+            engine.leave()
 
-    threads = [threading.Thread(target=work, name=f"episode-{i}", daemon=True) for i in range(workers)]
+    threads = [threading.Thread(target=run, name=f"episode-{i}", daemon=True) for i in range(count)]
     for _ in threads:
-        stage.engine.join()  # before the first one asks, so that the engine knows how many will
+        engine.join()  # before the first one asks, so that the engine knows how many will
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
-    progress.close()
+        while thread.is_alive():
+            thread.join(TEND_SECONDS)
+            engine.tend()
     if problems:
         raise problems[0]
-    everyone = {index: t for part in parallel.gather(played) for index, t in part.items()}
-    return [everyone[index] for index in range(len(jobs))]
+    queue.leave()
+    while not queue.left():
+        time.sleep(POLL_SECONDS)
+        engine.tend()
 
 
 def require_verdicts(trajectories: Sequence[Trajectory]) -> str:

@@ -19,7 +19,7 @@ from minitau import batch, checkpoint, config, parallel
 from minitau.chat import Chat, load_chat
 from minitau.episode import BadInput, Trajectory
 from minitau.log import MetricsLog, write_jsonl
-from minitau.model import Qwen3
+from minitau.model import Qwen3, packed_attention
 
 
 @dataclass
@@ -99,6 +99,12 @@ def micro_batches(cfg: config.Training, samples: Sequence[batch.Sample]) -> list
         world_size=parallel.world_size(),
         device=parallel.device(),
     )
+
+
+def forward(model: Qwen3, mb: batch.MicroBatch, temperature: float, dtype: str) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of what the agent said, and entropies there: (N,) each."""
+    attend = packed_attention(mb.cu_seqlens, mb.ids_T.device, getattr(torch, dtype))
+    return model(mb.ids_T, mb.positions_T, attend, mb.predict_N, mb.targets_N, temperature)
 
 
 def update(

@@ -8,13 +8,18 @@ import os
 # Before anything imports a Hugging Face library: no test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from tau2_world import play, world  # noqa: F401  (fixtures of tau2-bench's tests)
 
 from minitau import tiny
+from minitau.engines.server import Server
 from minitau.episode import Check, Evaluation, Stop, Task, Trajectory
 from minitau.model import ModelConfig, Qwen3, init_weights
 
@@ -60,6 +65,26 @@ def small_model(seed: int = 0, scale: float = 5.0, **changes) -> Qwen3:
             else:  # norms of exactly one would hide a norm that is left out
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+ROOT = Path(__file__).resolve().parent.parent
+FOR_THE_FAKE = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+FAKE_SGLANG = f"{sys.executable} {Path(__file__).with_name('fake_sglang.py')}"
+# How SGLang is started, where it is there to be tested against: "python -m sglang.launch_server ...".
+SGLANG = os.environ.get("MINITAU_SGLANG", FAKE_SGLANG)
+
+
+@contextmanager
+def sglang_server(model_dir: Path, log: Path, context: int, *flags: str, command: str = SGLANG) -> Iterator[Server]:
+    """A running server with a directory's weights in fp32; the stand-in, unless MINITAU_SGLANG names the real one."""
+    words = [*shlex.split(command), "--model-path", str(model_dir), "--host", "127.0.0.1", "--dtype", "float32"]
+    words += ["--context-length", str(context), "--skip-tokenizer-init", "--skip-server-warmup", *flags]
+    server = Server(lambda port: [*words, "--port", str(port)], log, "the test's server", environment=FOR_THE_FAKE)
+    server.start(300.0, shown=False)
+    try:
+        yield server
+    finally:
+        server.close()
 
 
 def trajectory(

@@ -85,7 +85,7 @@ def whole(tensor) -> torch.Tensor:
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in parallel.full_weights(model)}
+    return {name: tensor.clone() for name, tensor in parallel.FullWeights(model)}
 
 
 def train_steps(run: runs.Run, reference, steps) -> list[dict[str, float]]:

@@ -38,6 +38,9 @@ class Solves:
     def close(self):
         pass
 
+    def tend(self):
+        pass
+
     def generate(self, prompt_ids, sampling, *, session, seed):
         with self.lock:
             if session not in self.replies:

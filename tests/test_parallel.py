@@ -165,7 +165,7 @@ def test_the_model_written_by_two_ranks_is_whole(two):
 
 
 def test_whole_weights_in_and_out(two):
-    """full_weights gives back what load_weights took, on every rank and in every entry."""
+    """FullWeights gives back what load_weights took, on every rank and in every entry."""
     _, *both = two
     expected = dict(small_model(5).named_parameters())
     for found in both:

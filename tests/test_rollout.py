@@ -63,6 +63,9 @@ class ScriptedEngine:
         with self.lock:
             self.joined -= 1
 
+    def tend(self):
+        pass
+
     def generate(self, prompt_ids, sampling, *, session, seed):
         with self.lock:
             turn = len(self.asked.setdefault(session, []))

@@ -2,15 +2,20 @@
 
 import json
 import os
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+from conftest import FAKE_SGLANG, FOR_THE_FAKE, ROOT
 
 import serve_user
 from minitau import config
@@ -26,7 +31,7 @@ TALK = [
     {"role": "user", "content": "Hello, how can I help?"},
 ]
 TOOLS = list(schemas("desk"))
-CFG = config.Server(port=0, max_new_tokens=12, max_tokens=512, concurrency=16)
+CFG = config.Server(engine="local", port=0, max_new_tokens=12, max_tokens=512, concurrency=16)
 
 
 @pytest.fixture(scope="module")
@@ -276,3 +281,42 @@ def test_litellm_speaks_to_it(base, chat):
     assert call.function.name == "hold" and json.loads(call.function.arguments) == {"parcel": "787"}
     with pytest.raises(litellm.BadRequestError):
         litellm.completion(**{**options, "messages": [{"role": "robot", "content": "x"}]}, api_base=f"{base}/v1")
+
+
+def test_sglang_is_served_until_it_is_interrupted_and_started_again_when_it_dies(tiny_dir, tmp_path):
+    log = tmp_path / "log"
+    command = [sys.executable, "serve_user.py", "--model", str(tiny_dir), "--port", "0", "--log", str(log)]
+    with open(tmp_path / "said", "w+") as said:
+        process = subprocess.Popen(
+            [*command, "--gpus", "2,3", "--mem-fraction", "0.2", "--engine-command", FAKE_SGLANG],
+            cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **FOR_THE_FAKE},
+        )  # fmt: skip
+
+        def urls(n):
+            """The first n addresses that it said to be ready."""
+            deadline = time.monotonic() + 90
+            while time.monotonic() < deadline and process.poll() is None:
+                text = (tmp_path / "said").read_text()
+                found = [line.split("=")[1] for line in text.splitlines() if "TAU2_USER_API_BASE=" in line]
+                if len(found) == n:
+                    return found
+                time.sleep(0.1)
+            raise AssertionError((tmp_path / "said").read_text())
+
+        (first,) = urls(1)
+        assert ask(first.replace("/v1", "/model_info"))[0] == 200
+        words = log.read_text()
+        assert "--served-model-name minitau-user" in words and "--tool-call-parser qwen" in words
+        assert "--tp-size 1 --dp-size 2 --mem-fraction-static 0.2" in words
+        os.kill(next(int(pid) for pid in children(children(process.pid)[0])), signal.SIGKILL)
+        again = urls(2)[1]
+        assert ask(again.replace("/v1", "/model_info"))[0] == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        with pytest.raises(OSError):
+            ask(again.replace("/v1", "/model_info"))
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(each) for each in file.read().split()]

@@ -206,21 +206,23 @@ def test_two_grpo_steps_on_real_tasks(world, tmp_path):
     cfg = tiny.Tiny(out=str(base), env="tau2", domains=("retail", "telecom"), vocab=3000, layers=1, hidden=64, heads=2)
     texts = (json.dumps(sft.to_row(world.demonstrate(world.tasks(d, "train")[1], "gold", "s"))) for d in cfg.domains)
     tiny.make(cfg, texts)
+    local = ("--engine", "local", "--port", "0", "--max-new-tokens", "16")
     server = subprocess.Popen(
-        [sys.executable, "serve_user.py", "--model", str(base), "--port", "0", "--max-new-tokens", "16"],
+        [sys.executable, "serve_user.py", "--model", str(base), *local],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         server.stdout.readline()
-        customer = server.stdout.readline().split()
+        exports = dict(server.stdout.readline().removeprefix("export ").strip().split("=", 1) for _ in range(2))
         flags = (
             f"--stage grpo --env tau2 --model {base} --out {out} --domains retail,airline,telecom --no-screen "
             "--steps 2 --tasks 3 --tasks-per-step 3 --group-size 2 --max-rounds 1 --max-new-tokens 16 --max-turns 3 "
             "--lr 1e-3"
         )
         done = subprocess.run(
-            [sys.executable, "train.py", *flags.split(), *customer], cwd=ROOT, capture_output=True, text=True
-        )
+            [sys.executable, "train.py", *flags.split()],
+            cwd=ROOT, env={**os.environ, **exports}, capture_output=True, text=True,
+        )  # fmt: skip
     finally:
         server.kill()
     assert done.returncode == 0, done.stderr[-3000:]

@@ -278,7 +278,7 @@ def main(argv: list[str]) -> None:
     print(f"{size / 1e6:.2f} M parameters, {len(chat.tokenizer)} tokens; the tokenizer took {seconds:.0f} s")
     ids_V = three_digits(chat)
     curve, seen_V = train(cfg, model, folder, ids_V)
-    weights = {name: weight.float().cpu() for name, weight in parallel.full_weights(model)}
+    weights = {name: weight.float().cpu() for name, weight in parallel.FullWeights(model)}
     for kind_V in (ids_V, ~ids_V):  # training only pushed the tokens that it never met away
         generator = torch.Generator().manual_seed(cfg.seed)
         redraw(weights["model.embed_tokens.weight"], kind_V & ~seen_V, kind_V & seen_V, generator)

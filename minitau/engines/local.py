@@ -133,6 +133,12 @@ class LocalEngine:
             self.version = version
             self.slots = [Slot(slot.index) for slot in self.slots]  # older weights computed what they held
 
+    def tend(self) -> None:
+        """Nothing to do: it lives in this process."""
+
+    def sleep(self) -> None:
+        """Nothing to do: a cache for a CPU is small."""
+
     def close(self) -> None:
         with self.changed:
             self.closed = True

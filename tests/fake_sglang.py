@@ -1,0 +1,175 @@
+"""A stand-in for SGLang's server where there is none: the endpoints that minitau uses, over the embedded engine.
+
+    python tests/fake_sglang.py --model-path DIR --port 30000 [--load-format dummy] [...]
+
+A real process with real HTTP and real tensors by handle; only what computes is ours. What it accepts, refuses and
+replies is what SGLang 0.5 was seen to accept, refuse and reply. For a test's sake the environment may ask for
+trouble: FAKE_SGLANG_DIES=N ends it after N replies, in each of its lives; FAKE_SGLANG_NEVER_STARTS=1 at once.
+"""
+
+import argparse
+import base64
+import itertools
+import json
+import os
+import pickle
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+import torch.multiprocessing
+
+from minitau import checkpoint
+from minitau.engines.local import LocalEngine
+from minitau.episode import EngineError, Sampling
+from minitau.model import init_weights
+
+IGNORED = ("--mem-fraction-static", "--base-gpu-id", "--random-seed", "--max-running-requests")
+IGNORED += ("--tp-size", "--dp-size", "--served-model-name", "--tool-call-parser")
+
+
+class Fake:
+    """The server's state: an engine that ends a reply at the stop tokens of its request."""
+
+    def __init__(self, args):
+        self.model = checkpoint.load_model(args.model_path).requires_grad_(False)
+        if args.load_format == "dummy":
+            init_weights(self.model, seed=12345)
+        self.model.to(getattr(torch, args.dtype))
+        self.args, self.version, self.asleep = args, "default", False
+        self.engines, self.lock, self.replies = {}, threading.Lock(), itertools.count(1)
+        self.running, self.aborted = set(), set()
+
+    def engine(self, stop_ids):
+        with self.lock:
+            if stop_ids not in self.engines:
+                self.engines[stop_ids] = LocalEngine(
+                    self.model, stop_ids, slots=16, max_context=self.args.context_length, patience=0.0
+                )
+            return self.engines[stop_ids]
+
+    def generate(self, body):
+        params, name = body["sampling_params"], body["rid"]
+        assert body["return_logprob"] is True and not self.asleep
+        if len(body["input_ids"]) >= self.args.context_length:
+            raise ValueError(f"The input ({len(body['input_ids'])} tokens) is longer than the model's context length")
+        sampling = Sampling(params["temperature"], 1)
+        ids, logprobs, finish = list(body["input_ids"]), [], {"type": "length", "length": params["max_new_tokens"]}
+        self.running.add(name)
+        engine = self.engine(frozenset(params["stop_token_ids"]))
+        while len(logprobs) < params["max_new_tokens"]:
+            if name in self.aborted:
+                finish = {"type": "abort", "message": "Aborted", "status_code": None}
+                break
+            # Token by token, so that it can be aborted in between; the draws go on from one seed.
+            seed = params["sampling_seed"] * 1_000_003 + len(logprobs)
+            said = engine.generate(ids, sampling, session=name, seed=seed)
+            ids.append(said.ids[0])
+            logprobs.append(said.logprobs[0])
+            if said.finish == "stop":
+                finish = {"type": "stop", "matched": said.ids[0]}
+                break
+        output = ids[len(body["input_ids"]) :]
+        pairs = [[logprob, token, None] for logprob, token in zip(logprobs, output)]
+        if next(self.replies) == int(os.environ.get("FAKE_SGLANG_DIES", 0)):
+            os._exit(9)
+        meta = {"id": name, "finish_reason": finish, "output_token_logprobs": pairs, "weight_version": self.version}
+        return {"text": "", "output_ids": output, "meta_info": meta}
+
+    def update(self, body):
+        (payload,) = body["serialized_named_tensors"]
+        named = pickle.loads(base64.b64decode(payload))
+        own = dict(self.model.named_parameters())
+        for name, tensor in named:
+            own[name].copy_(tensor)
+        if body["flush_cache"]:
+            self.flush()
+        self.version = body["weight_version"]
+        return {"success": True, "message": "Success"}
+
+    def load(self, body):
+        self.model.load_state_dict(checkpoint.load_model(body["model_path"]).state_dict())
+        self.flush()
+        return {"success": True, "message": "Succeeded to update model weights."}
+
+    def flush(self):
+        for engine in self.engines.values():
+            engine.sync([], 0)
+
+    def memory(self, asleep):
+        assert self.args.enable_memory_saver, "SGLang was not started with --enable-memory-saver"
+        assert self.asleep != asleep, "the memory is as it was asked to be"
+        self.asleep = asleep
+
+    def answer(self, path, body):
+        match path:
+            case "/health":
+                return None
+            case "/model_info":
+                return {"model_path": self.args.model_path, "weight_version": self.version}
+            case "/generate":
+                return self.generate(body)
+            case "/update_weights_from_tensor":
+                return self.update(body)
+            case "/update_weights_from_disk":
+                return self.load(body)
+            case "/abort_request":
+                self.aborted.add(body["rid"])
+            case "/release_memory_occupation":
+                self.memory(True)
+            case "/resume_memory_occupation":
+                self.memory(False)
+            case _:
+                raise LookupError(path)
+
+
+def handler(fake):
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            self.do_POST()
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
+            try:
+                status, row = 200, fake.answer(self.path, body)
+            except LookupError:
+                status, row = 404, {"detail": "Not Found"}
+            except (ValueError, EngineError) as error:
+                status, row = 400, {"error": {"message": str(error)}}
+            except Exception as error:
+                status, row = 500, {"error": {"message": f"{type(error).__name__}: {error}"}}
+            payload = b"" if row is None else json.dumps(row).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, text, *values):
+            print(text % values, flush=True)
+
+    return Handler
+
+
+def main():
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for flag in ("--model-path", "--host", "--load-format", *IGNORED):
+        parser.add_argument(flag, default="")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--context-length", type=int, default=4096)
+    for flag in ("--skip-tokenizer-init", "--skip-server-warmup", "--enable-memory-saver"):
+        parser.add_argument(flag, action="store_true")
+    args = parser.parse_args()
+    print(f"the fake server starts with {' '.join(sys.argv[1:])}", flush=True)
+    if os.environ.get("FAKE_SGLANG_NEVER_STARTS"):
+        sys.exit("no such kernel image")
+    torch.set_num_threads(1)
+    ThreadingHTTPServer.request_queue_size = 128
+    ThreadingHTTPServer((args.host, args.port), handler(Fake(args))).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

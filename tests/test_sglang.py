@@ -1,0 +1,458 @@
+"""An SGLang server's life: started, fed with weights, killed, hung, given up, and gone whenever we are.
+
+Against the stand-in of fake_sglang.py, a real process. What any engine must do is in test_engine.py; with
+MINITAU_SGLANG set, that file holds the real server to it.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from conftest import FAKE_SGLANG, FOR_THE_FAKE, ROOT, small_model
+from test_engine import STOP, error_of, some_ids
+
+from minitau import checkpoint
+from minitau.engines import server as server_module
+from minitau.engines.handover import ALIGN, buckets, serialize
+from minitau.engines.server import NoAnswer, Server, free_port, request
+from minitau.engines.sglang import SGLangEngine, read_completion
+from minitau.episode import EngineError, Sampling
+
+SOFT = Sampling(temperature=0.7, max_new_tokens=12)
+LONG = Sampling(temperature=0.7, max_new_tokens=150)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return small_model(scale=8.0).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def model_dir(reference, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    checkpoint.save_pretrained(folder, reference.cfg, reference.named_parameters(), torch.float32, folder)
+    return folder
+
+
+def fake(model_dir, log, *flags, **environment):
+    """A server of the stand-in, not started, with random weights."""
+    words = [*shlex.split(FAKE_SGLANG), "--model-path", str(model_dir), "--host", "127.0.0.1"]
+    words += ["--load-format", "dummy", "--context-length", "2048", *flags]
+    return Server(
+        lambda port: [*words, "--port", str(port)], log, "SGLang", environment={**FOR_THE_FAKE, **environment}
+    )
+
+
+@contextlib.contextmanager
+def engine_of(server, reference, **changes):
+    settings = {"vocab_size": 97, "max_context": 2048, "dtype": torch.float32, "timeout": 60.0, **changes}
+    engine = SGLangEngine(server, STOP, **settings)
+    try:
+        engine.sync(list(reference.named_parameters()), 1)
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def shared(reference, model_dir, tmp_path_factory):
+    """An engine for the tests that leave its server alive; each syncs what it needs."""
+    log = tmp_path_factory.mktemp("shared") / "log"
+    with engine_of(fake(model_dir, log, "--enable-memory-saver"), reference, sleeps=True) as engine:
+        yield engine
+
+
+@pytest.fixture
+def engine(shared, reference):
+    shared.sync(list(reference.named_parameters()), 1)
+    return shared
+
+
+def child_of(server):
+    """The pid of the server itself, which its keeper keeps."""
+    keeper = server.process.pid
+    return int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()[0])
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone_within(seconds, *pids):
+    deadline = time.monotonic() + seconds
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(is_running(pid) for pid in pids)
+
+
+def ask_while_tending(engine, n, then=lambda: None):
+    """n requests in threads, `then` a moment after they began, and this thread tending; their replies or errors."""
+    replies = [None] * n
+    prompts = [some_ids(Random(i), 20) for i in range(n)]
+
+    def ask(i):
+        try:
+            replies[i] = prompts[i], engine.generate(prompts[i], LONG, session=f"s{i}", seed=i)
+        except EngineError as error:
+            replies[i] = error
+
+    threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(n)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    then()
+    deadline = time.monotonic() + 90
+    for thread in threads:
+        while thread.is_alive() and time.monotonic() < deadline:
+            thread.join(0.05)
+            engine.tend()
+    assert None not in replies, "a request was forgotten"
+    return replies
+
+
+# -- it stays up ---------------------------------------------------------------------------------------------
+
+
+def test_a_killed_server_is_started_again_with_the_current_weights_and_no_request_is_lost(
+    reference, model_dir, tmp_path, capsys
+):
+    with engine_of(fake(model_dir, tmp_path / "log"), reference) as engine:
+        before, engine.stop_ids = child_of(engine.server), []  # every reply takes its 150 steps
+        replies = ask_while_tending(engine, 16, then=lambda: os.kill(before, signal.SIGKILL))
+        assert child_of(engine.server) != before and not is_running(before)
+        # Fresh from its start it has other weights (it loads dummies), and a version that is no number.
+        for prompt, completion in replies:
+            assert completion.weight_version == 1
+            assert error_of(reference, prompt, completion, LONG) < 1e-4
+    assert "is started again" in capsys.readouterr().out
+
+
+def test_a_hanging_server_is_noticed_by_the_deadline(reference, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "HEALTH_SECONDS", 1.0)
+    with engine_of(fake(model_dir, tmp_path / "log"), reference) as engine:
+        before = child_of(engine.server)
+        os.kill(before, signal.SIGSTOP)
+        engine.timeout = 2.0  # of the replies; the restart may take longer
+        start = time.monotonic()
+        replies = ask_while_tending(engine, 4, then=lambda: setattr(engine, "timeout", 60.0))
+        assert all(error_of(reference, prompt, said, LONG) < 1e-4 for prompt, said in replies)
+        assert not is_running(before) and time.monotonic() - start < 30
+
+
+def test_a_slow_reply_of_a_healthy_server_is_an_error_of_that_request_alone(engine):
+    pid, engine.timeout = child_of(engine.server), 0.2
+    engine.stop_ids = []  # nothing ends this reply within the time it has
+    with pytest.raises(EngineError, match=r"though the server is healthy.*--engine-timeout"):
+        engine.generate([9], Sampling(1.0, 2000), session="slow", seed=0)
+    engine.timeout, engine.stop_ids = 60.0, sorted(STOP)
+    assert engine.generate([9], SOFT, session="s", seed=0).ids and child_of(engine.server) == pid
+
+
+def test_three_deaths_in_a_row_end_it_with_the_servers_last_words(reference, model_dir, tmp_path):
+    server = fake(model_dir, tmp_path / "log", FAKE_SGLANG_DIES="3")  # one reply in three is its last
+    with engine_of(server, reference) as engine:
+        replies = ask_while_tending(engine, 24)
+        errors = [reply for reply in replies if isinstance(reply, EngineError)]
+        assert errors and "died 3 times in a row" in str(errors[0]) and str(tmp_path / "log") in str(errors[0])
+        with pytest.raises(EngineError, match="died 3 times"):
+            engine.sync(list(reference.named_parameters()), 2)
+        assert engine.server.process is None
+
+
+def test_deaths_are_counted_anew_after_a_sync(reference, model_dir, tmp_path):
+    with engine_of(fake(model_dir, tmp_path / "log"), reference) as engine:
+        for version in (2, 3, 4):  # as often as would be too often in a row
+            os.kill(child_of(engine.server), signal.SIGKILL)
+            engine.sync(list(reference.named_parameters()), version)  # finds it dead, and mends it
+            assert engine.generate([9, 8], SOFT, session="s", seed=0).weight_version == version
+
+
+def test_a_server_that_never_starts_says_why_in_one_line(model_dir, tmp_path):
+    server = fake(model_dir, tmp_path / "log", FAKE_SGLANG_NEVER_STARTS="1")
+    with pytest.raises(EngineError, match=r"died while it started; the end of .*log: .*no such kernel image") as caught:
+        server.start(60.0, shown=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_is_not_healthy_in_time_is_taken_down(tmp_path):
+    server = Server(lambda port: ["sleep", "600"], tmp_path / "log", "a sleeper")
+    with pytest.raises(EngineError, match="not healthy after 1 s"):
+        server.start(1.0, shown=False)
+    assert server.process is None
+
+
+# -- it is gone when we are ----------------------------------------------------------------------------------
+
+OWNER = """
+import os, sys, time
+from pathlib import Path
+from minitau.engines.server import Server
+from minitau.log import run_script
+command = sys.argv[2:]
+def body(_):
+    server = Server(lambda port: [*command, "--port", str(port)], Path(sys.argv[1]), "SGLang")
+    server.start(60.0, shown=False)
+    keeper = server.process.pid
+    child = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()[0]
+    print(keeper, child, flush=True)
+    how = sys.stdin.readline().strip()
+    if how == "exception":
+        raise RuntimeError("a bug")
+    if how == "close":
+        return server.close()
+    if how != "return":
+        time.sleep(600)
+sys.exit(run_script("owner", body, []))
+"""
+
+
+@pytest.mark.parametrize("end", ["return", "close", "exception", "SIGINT", "SIGTERM", "SIGKILL"])
+def test_no_server_outlives_its_owner(model_dir, tmp_path, end):
+    command = [*shlex.split(FAKE_SGLANG), "--model-path", str(model_dir), "--host", "127.0.0.1"]
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path / "log"), *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **FOR_THE_FAKE},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    pids = [int(pid) for pid in owner.stdout.readline().split()]
+    assert len(pids) == 2 and all(map(is_running, pids))
+    owner.stdin.write(f"{end}\n")
+    owner.stdin.flush()
+    if end.startswith("SIG"):
+        time.sleep(0.3)
+        owner.send_signal(getattr(signal, end))
+    assert owner.wait(30) == {"return": 0, "close": 0, "exception": 1, "SIGKILL": -9}.get(end, 130)
+    assert gone_within(15, *pids)
+
+
+# -- weights -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 4096, 20_000, 1 << 20])
+def test_buckets_hold_every_tensor_once_in_order_and_no_more_than_fits(reference, size):
+    wanted = list(reference.named_parameters())
+    seen = []
+    for bucket, last in buckets(wanted, torch.bfloat16, torch.device("cpu"), size):
+        taken = sum(tensor.numel() * 2 for _, tensor in bucket)
+        assert bucket and (taken <= size or len(bucket) == 1)
+        assert all(tensor.data_ptr() % ALIGN == bucket[0][1].data_ptr() % ALIGN for _, tensor in bucket)
+        seen += [(name, tensor.clone(), last) for name, tensor in bucket]
+    assert [name for name, _, _ in seen] == [name for name, _ in wanted]
+    assert all(torch.equal(got, tensor.bfloat16()) for (_, got, _), (_, tensor) in zip(seen, wanted))
+    lasts = [last for _, _, last in seen]
+    assert lasts[-1] and lasts == sorted(lasts) and (size > 4096 or not lasts[0])
+
+
+def test_a_payload_holds_handles_and_no_weights():
+    big = torch.zeros(1 << 20)
+    assert len(serialize([("a", big), ("b", big[5:])])) < 4096
+
+
+def test_weights_arrive_bucket_by_bucket_and_the_last_one_flushes(engine, monkeypatch):
+    other, sent = small_model(seed=5, scale=8.0), []
+    monkeypatch.setattr(
+        "minitau.engines.sglang.buckets", lambda weights, dtype, device: buckets(weights, dtype, device, 8192)
+    )
+    monkeypatch.setattr(
+        "minitau.engines.sglang.request", lambda url, body, **to: sent.append(body) or request(url, body, **to)
+    )
+    engine.sync(list(other.named_parameters()), 5)
+    assert len(sent) > 3 and [body["flush_cache"] for body in sent] == [False] * (len(sent) - 1) + [True]
+    assert {body["weight_version"] for body in sent} == {"5"}
+    said = engine.generate([9, 8, 7], SOFT, session="s", seed=0)
+    assert said.weight_version == 5 and error_of(other, [9, 8, 7], said, SOFT) < 1e-4
+
+
+def test_without_weights_nothing_is_sampled(model_dir, tmp_path):
+    engine = SGLangEngine(
+        fake(model_dir, tmp_path / "log"), STOP, vocab_size=97, max_context=99, dtype=torch.float32, timeout=60
+    )
+    with contextlib.closing(engine), pytest.raises(EngineError, match="no weights were handed over"):
+        engine.generate([9], SOFT, session="s", seed=0)
+
+
+def test_weights_that_somebody_else_sent_are_noticed(engine, reference):
+    body = {"serialized_named_tensors": [serialize(list(reference.named_parameters()))], "flush_cache": True}
+    request(f"{engine.url}/update_weights_from_tensor", {**body, "weight_version": "9"}, timeout=9)
+    with pytest.raises(EngineError, match="weights are 9, not 1"):
+        engine.generate([9], SOFT, session="s", seed=0)
+
+
+def test_asleep_until_the_next_sync(engine, reference):
+    log = engine.server.log.read_text()
+    for version in (2, 3):
+        engine.sleep()
+        engine.sync(list(reference.named_parameters()), version)
+        assert engine.generate([9], SOFT, session="s", seed=0).weight_version == version
+    new = engine.server.log.read_text().removeprefix(log).splitlines()
+    paths = [line.split()[1] for line in new if "POST" in line and "generate" not in line]
+    one = ["/release_memory_occupation", "/resume_memory_occupation", "/update_weights_from_tensor"]
+    assert paths == [*one, *one]
+
+
+def test_an_engine_that_was_not_opened_to_sleep_does_not(engine, monkeypatch):
+    monkeypatch.setattr(engine, "sleeps", False)
+    engine.sleep()
+    assert engine.generate([9], SOFT, session="s", seed=0).ids
+
+
+# -- replies -------------------------------------------------------------------------------------------------
+
+
+def meta(reason, pairs):
+    return {"meta_info": {"finish_reason": reason, "output_token_logprobs": pairs, "weight_version": "1"}}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        None,
+        {},
+        meta(None, []),
+        meta({"type": "stop"}, []),
+        meta({"type": "stop"}, [[None, 3, None]]),
+        meta({"type": "stop"}, [[-1.0, 3]]),
+        meta({"type": "abort", "message": "x"}, [[-1.0, 3, None]]),
+    ],
+)
+def test_a_reply_of_another_form_is_an_engine_error(reply):
+    with pytest.raises(EngineError):
+        read_completion(reply, 1)
+
+
+def test_a_dead_address_is_one_clear_line():
+    port = free_port()
+    with pytest.raises(EngineError, match=f"no healthy server at http://127.0.0.1:{port}; start it"):
+        SGLangEngine(None, STOP, url=f"http://127.0.0.1:{port}/", vocab_size=97, max_context=99, dtype=torch.float32)
+    with pytest.raises(NoAnswer):
+        request(f"http://127.0.0.1:{port}/health", timeout=1.0)
+
+
+# -- whole runs ----------------------------------------------------------------------------------------------
+
+SMALL_GRPO = (
+    "--stage grpo --steps 2 --tasks 8 --tasks-per-step 4 --group-size 2 --no-dynamic-sampling --no-screen --lr 1e-3 "
+    "--max-new-tokens 16 --max-turns 3 --max-tokens 1200 --save-every 1 --engine sglang"
+)
+
+
+def script(*command, ranks=1, **environment):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    # Files, not pipes: torch's shared memory manager holds them open as long as a server holds a tensor.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        env = {**os.environ, **FOR_THE_FAKE, "OMP_NUM_THREADS": "1", **environment}
+        words = [sys.executable, *torchrun, *command]
+        done = subprocess.run(words, cwd=ROOT, env=env, stdout=out, stderr=err, timeout=300, check=False)
+        done.stdout, done.stderr = ((file.seek(0), file.read())[1] for file in (out, err))
+    return done
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_grpo_through_servers_of_its_own(tiny_dir, tmp_path, ranks):
+    out = tmp_path / "run"
+    flags = [*SMALL_GRPO.split(), "--engine-command", FAKE_SGLANG, "--model", str(tiny_dir), "--out", str(out)]
+    done = script("train.py", *flags, "--engine-sleep", ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["weight_versions"] for line in lines] == [[0], [1]]
+    assert all(line["sync_drift"] < 1e-4 and line["drift"] < 1e-4 for line in lines), lines
+    assert len(list(out.glob("engine-*.log"))) == ranks
+    assert "--load-format dummy" in (out / "engine-0.log").read_text()
+    evaluated = tmp_path / "eval"
+    words = ["--model", str(out / "model"), "--out", str(evaluated), "--tasks", "2", "--num-trials", "1", "--no-floors"]
+    words += ["--engine", "sglang", "--engine-command", FAKE_SGLANG, "--max-new-tokens", "16", "--max-turns", "2"]
+    done = script("eval.py", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((evaluated / "results.json").read_text())[-1]["errors"] == 0
+
+
+def test_a_server_that_dies_on_one_of_two_ranks_gets_the_weights_of_both(tiny_dir, tmp_path):
+    out = tmp_path / "run"
+    flags = [*SMALL_GRPO.split(), "--engine-command", FAKE_SGLANG, "--model", str(tiny_dir), "--out", str(out)]
+    # (The probe after each sync asks four times: the twelfth reply is in a rollout.)
+    done = script("train.py", *flags, ranks=2, FAKE_SGLANG_DIES="12")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "is started again" in done.stdout
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(line["drift"] < 1e-4 for line in lines)
+    assert not any(line["stops"].get("engine_error") for line in lines)
+
+
+def test_deaths_without_end_leave_the_checkpoint_whole(tiny_dir, tmp_path):
+    out = tmp_path / "run"
+    flags = [*SMALL_GRPO.split(), "--engine-command", FAKE_SGLANG, "--model", str(tiny_dir), "--out", str(out)]
+    done = script("train.py", *flags, "--steps", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = script("train.py", *flags, "--resume", FAKE_SGLANG_DIES="6")
+    assert done.returncode == 1 and "died 3 times in a row" in done.stderr and "Traceback" not in done.stderr
+    assert checkpoint.latest(out).name == "step-000001"
+    done = script("train.py", *flags, "--resume")
+    assert done.returncode == 0 and checkpoint.latest(out).name == "step-000002"
+
+
+def test_servers_that_are_there_already(tiny_dir, tmp_path):
+    words = [*shlex.split(FAKE_SGLANG), "--model-path", str(tiny_dir), "--host", "127.0.0.1", "--load-format", "dummy"]
+    server = Server(lambda port: [*words, "--port", str(port)], tmp_path / "log", "SGLang", environment=FOR_THE_FAKE)
+    server.start(60.0, shown=False)
+    try:
+        flags = [
+            *SMALL_GRPO.split(),
+            "--engine-url",
+            server.url,
+            "--model",
+            str(tiny_dir),
+            "--out",
+            str(tmp_path / "run"),
+        ]
+        done = script("train.py", *flags)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert all(line["drift"] < 1e-4 for line in lines)
+        assert server.alive()  # it is not ours to end
+        words = ["--model", str(tiny_dir), "--out", str(tmp_path / "eval"), "--tasks", "1", "--num-trials", "1"]
+        words += ["--engine", "sglang", "--engine-url", server.url, "--max-new-tokens", "16", "--max-turns", "2"]
+        done = script("eval.py", *words, "--no-floors")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "/update_weights_from_disk" in (tmp_path / "log").read_text()  # it had the run's weights, not --model's
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--engine-url", "http://127.0.0.1:1"), "no healthy server at http://127.0.0.1:1"),
+        (("--engine-url", "http://127.0.0.1:1,http://127.0.0.1:2"), "names 2 servers; every one of 1 ranks"),
+        (("--engine-command", "/no/such/python -m sglang"), "died while it started"),
+        (("--engine-mem", "1.5"), "--engine-mem is 1.5"),
+        (("--engine", "local", "--engine-sleep"), "--engine-sleep is for --engine sglang"),
+    ],
+)
+def test_bad_input_is_one_line(tiny_dir, tmp_path, flags, said):
+    done = script("train.py", *SMALL_GRPO.split(), "--model", str(tiny_dir), "--out", str(tmp_path / "run"), *flags)
+    assert done.returncode in (1, 2) and said in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert len(done.stderr.strip().splitlines()[-1]) < 2000
+
+
+@pytest.mark.skipif("sglang" in sys.modules, reason="SGLang is installed here")
+def test_without_sglang_the_line_says_what_to_do(tiny_dir, tmp_path):
+    done = script("train.py", *SMALL_GRPO.split(), "--model", str(tiny_dir), "--out", str(tmp_path / "run"))
+    assert done.returncode == 2 and "SGLang is not installed: pip install -r requirements-gpu.txt" in done.stderr
