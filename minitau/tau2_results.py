@@ -76,7 +76,7 @@ def results(domain: str, played: Sequence[Trajectory], cfg: config.Evaluation) -
         info=simulation.Info(
             git_commit=COMMIT,
             num_trials=cfg.num_trials,
-            max_steps=cfg.max_turns,
+            max_steps=cfg.max_steps,
             max_errors=cfg.max_bad_calls,
             user_info=user,
             agent_info=agent,

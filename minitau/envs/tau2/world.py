@@ -35,6 +35,7 @@ class Tau2:
     user_temperature  of the customer: keep it the same in runs that are compared
     user_timeout      seconds one request may take
     user_retries      how often a failed request is made again, after growing pauses
+    max_steps         ends an episode, as tau2's orchestrator counts steps; scripts have no limit
     max_user_calls    calls of its own tools the customer may make before it speaks (telecom)
     max_tool_chars    cut what the agent reads of a tool's output; the grader always gets all of it
     policies          domain -> text that replaces its policy, inside tau2's own instructions
@@ -51,6 +52,7 @@ class Tau2:
         user_temperature: float = 0.0,
         user_timeout: float = 60,
         user_retries: int = 3,
+        max_steps: int | None = None,
         max_user_calls: int = 30,
         max_tool_chars: int | None = None,
         policies: Mapping[str, str] | None = None,
@@ -61,7 +63,7 @@ class Tau2:
             certificates()
             without_price(user_model)
         self.user_model, self.user_retries = user_model, user_retries
-        self.max_user_calls, self.max_tool_chars = max_user_calls, max_tool_chars
+        self.max_steps, self.max_user_calls, self.max_tool_chars = max_steps, max_user_calls, max_tool_chars
         self.policies = dict(policies or {})
         # No retries of litellm's own: they multiply (7 requests for "3") and come without a pause.
         self.user_args: dict[str, Any] = {"temperature": user_temperature, "timeout": user_timeout}
@@ -126,6 +128,7 @@ class Tau2Env:
             self._environment, history = start(task)
             self._record = history or [copy.deepcopy(tau2.orchestrator.DEFAULT_FIRST_AGENT_MESSAGE)]
             *before, said = self._record
+            self._before = len(self._record)
             if said.role != "assistant" or said.is_tool_call():
                 raise ValueError("its history does not end with the agent's words")
             player, world = self._player, self._world
@@ -167,13 +170,15 @@ class Tau2Env:
             answers = {call.id: result for call, result in zip(safe, results)}
             refused = Message("tool", "Error: the calculator does not take powers of that size")
             return Observation(
-                tuple(self._visible([answers[call.id]])[0] if call.id in answers else refused for call in calls)
+                tuple(self._visible([answers[call.id]])[0] if call.id in answers else refused for call in calls),
+                Stop.MAX_TURNS if self._spent() else None,
             )
         if not action.text.strip():
             raise EnvError("an action must speak, call a tool, or end")
         self._record.append(message.AssistantMessage(role="assistant", content=action.text))
         words = self._listen(self._record[-1])
-        return Observation((Message("user", words),), how_it_ends(words))
+        heard = (Message("user", words),) if words else ()
+        return Observation(heard, Stop.MAX_TURNS if self._spent() else how_it_ends(words))
 
     def evaluate(self, stop: Stop) -> episode.Evaluation:
         """The official grader's verdict, from a replay of the whole episode; it calls no model.
@@ -233,9 +238,10 @@ class Tau2Env:
         return results
 
     def _listen(self, heard: Any) -> str:
-        """What the customer says next. It may first use its own tools, which the agent never sees."""
+        """What the customer says next; nothing if there are no steps left. It may first use its own tools, which the
+        agent never sees."""
         calls = 0
-        while True:
+        while not self._spent():
             said = self._customer.answer(heard)
             self._record.append(said)
             if not said.is_tool_call():
@@ -246,6 +252,14 @@ class Tau2Env:
             results = self._run(said.tool_calls)
             self._record += results
             heard = load().message.MultiToolMessage(role="tool", tool_messages=results)
+        return ""
+
+    def _spent(self) -> bool:
+        """Whether tau2 would end the episode here: it counts every message, and results that come together as one."""
+        roles = [message.role for message in self._record]
+        steps = sum(role != "tool" or roles[i - 1] != "tool" for i, role in enumerate(roles) if i >= self._before)
+        limit = self._world.max_steps
+        return limit is not None and self._player is None and steps >= limit
 
     def _visible(self, record: list[Any]) -> tuple[Message, ...]:
         """tau2's messages as the agent sees them: without the customer's own calls and their results."""
