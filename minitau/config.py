@@ -246,7 +246,7 @@ ENV_DEFAULTS: dict[str, dict[str, Any]] = {
         "domains": ("airline", "retail", "telecom"),
         "max_new_tokens": 1024,
         "max_tokens": 32_768,
-        "max_turns": 100,
+        "max_turns": 200,  # --max-steps ends a conversation before
         "concurrency": 32,
         "patience": 0.0,
         "micro_batch_tokens": 32_768,

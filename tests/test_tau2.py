@@ -195,29 +195,29 @@ def test_other_ends(play):
         assert cut_short.reward == 0.0 and cut_short.checks == ()
 
 
-SAYS = ("Help me.", [("check_status_bar", "{}"), ("run_speed_test", "{}")], "I looked.", "Yes?", "Bye. ###STOP###")
+LOOKS, FAILS = ("get_customer_by_phone", {"phone_number": "555-123-2002"}), ("get_customer_by_id", {"customer_id": "?"})
+ASKED = [Action("Look, please."), Action(calls=(Call(*LOOKS),) * 2), Action(calls=(Call(*LOOKS),)), Action("So?")]
+ENDS_IN = {
+    "steps": ([*ASKED, Action("Bye.")], [("check_status_bar", "{}"), ("run_speed_test", "{}")]),
+    "errors": ([*ASKED, *[Action(calls=(Call(*FAILS),) * 2)] * 7], [("no_such_tool", "{}")] * 3),
+}
 
 
-def test_steps_are_counted_as_tau2_counts_them(play):
-    """A conversation with calls on both sides, cut after every number of steps by tau2's own orchestrator and by us."""
+@pytest.mark.parametrize("kind, limits", [("steps", range(2, 15)), ("errors", (9, 12, 100))])
+def test_an_episode_ends_where_tau2s_own_would(play, kind, limits):
+    """Calls on both sides, played by tau2's own orchestrator and by us, with few steps, with more, and with all."""
     from tau2.orchestrator.orchestrator import Orchestrator
     from tau2.registry import registry
     from tau2.user.user_simulator import UserSimulator
 
-    call = Call("get_customer_by_phone", {"phone_number": "555-123-2002"})
-    actions = [
-        Action("Look, please."),
-        Action(calls=(call, call)),
-        Action(calls=(call,)),
-        Action("So?"),
-        Action("Bye."),
-    ]
-    lengths = set()
-    for limit in range(2, 15):
-        env, _, customer = play(ROAMING, *SAYS, max_steps=limit)
-        stop = next(seen.stop for action in actions if (seen := env.step(action)).stop)
+    actions, uses = ENDS_IN[kind]
+    says = ("Help me.", uses, "I looked.", "Yes?", "Bye. ###STOP###")
+    stops, lengths = [], set()
+    for limit in limits:
+        env, _, customer = play(ROAMING, *says, max_steps=limit)
+        stops.append(next(seen.stop for action in actions if (seen := env.step(action)).stop))
 
-        customer.answers = list(SAYS)
+        customer.answers = list(says)
         environment, spec = registry.get_env_constructor("telecom")(), find(ROAMING)
         args = {"api_base": customer.url, "api_key": "none"}
         user = UserSimulator(environment.get_user_tools(), str(spec.user_scenario), "openai/customer", args)
@@ -228,9 +228,10 @@ def test_steps_are_counted_as_tau2_counts_them(play):
             for messages in (env._record, theirs.messages)
         )
         assert shown == wanted, limit
-        assert tau2_results.REASONS[stop] == theirs.termination_reason.value
+        assert tau2_results.REASONS[stops[-1]] == theirs.termination_reason.value
         lengths.add(len(shown))
-    assert stop == Stop.USER_STOP and len(lengths) > 6
+    assert stops[0] == Stop.MAX_TURNS and stops[-1] == (Stop.USER_STOP if kind == "steps" else Stop.BAD_CALLS)
+    assert len(lengths) > len(limits) / 2
 
 
 class Plays:
