@@ -29,7 +29,7 @@ from minitau.episode import BadInput, EpisodeError, Task, Trajectory, World
 from minitau.estimators import bootstrap_interval, counted, mean_over_tasks, pass_at_k, pass_hat_k
 from minitau.log import open_to_append, progress_bar, run_script
 from minitau.model import Qwen3
-from minitau.report import by_domain, read_episodes, table, tallies
+from minitau.report import by_domain, every_k, read_episodes, table, tallies
 from minitau.run import claim_run_dir, open_chat
 from minitau.tasks import FLOORS, fingerprint, for_evaluation
 
@@ -185,6 +185,8 @@ def main(argv: list[str]) -> None:
         parallel.stop()
     if parallel.is_main():
         print(table(rows))
+        if cfg.num_trials > 2:  # else the table has them all
+            print(f"\n{every_k([row for row in rows if row['stage'] == rows[-1]['stage']])}")
         if rows[-1]["pass@1"] is None:
             raise EpisodeError(f"no episode has a verdict; the first broke by {played[0].detail}; --resume plays again")
         checkpoint.write_json(Path(cfg.out) / "results.json", rows)

@@ -41,6 +41,7 @@ from minitau.tasks import for_training
 
 DOMAINS = ("airline", "retail", "telecom")
 LIMITS = Limits(max_turns=200, max_tokens=10_000)
+MAX_STEPS = 2000  # as tau2 counts them
 CALL, BYE = "CALL ", "Goodbye."  # in the agent's words: what the endpoint goes by
 
 
@@ -177,9 +178,7 @@ def play_in_gym(url: str, tasks: Sequence[Task], agent: Scripted) -> dict[str, A
 
     async def episode(task: Task) -> float:
         args = {"temperature": 0.7, "api_base": url, "api_key": "none"}
-        env = AgentGymEnv(
-            task.domain, task.id, max_steps=10 * LIMITS.max_turns, user_llm="openai/customer", user_llm_args=args
-        )
+        env = AgentGymEnv(task.domain, task.id, max_steps=MAX_STEPS, user_llm="openai/customer", user_llm_args=args)
         env.reset()
         for action in reference(task):
             await asyncio.sleep(0)  # here the published pipeline awaits its engine
@@ -210,7 +209,7 @@ def training_tasks(world: Tau2, n: int) -> list[Task]:
 
 def measure(episodes: int, gym: int) -> dict[str, Any]:
     with endpoint() as url:
-        world = Tau2(user_model="openai/customer", user_api_base=url, user_temperature=0.7)
+        world = Tau2(user_model="openai/customer", user_api_base=url, user_temperature=0.7, max_steps=MAX_STEPS)
         tasks = training_tasks(world, episodes)
         agent, longest = Scripted(tasks), max(tasks, key=requests_of)
         play(world, [min(tasks, key=requests_of)], agent, "warm")  # imports, connections

@@ -48,7 +48,13 @@ class Episodes:
     temperature: float = setting(1.0, "of the policy's sampling; 0 is greedy (evaluation only)")
     max_new_tokens: int = setting(128, "tokens of one reply at most")
     max_tokens: int = setting(2048, "tokens of one conversation at most")
-    max_turns: int = setting(24, "replies of the agent in one conversation at most", variable="TAU2_MAX_STEPS")
+    max_turns: int = setting(24, "replies of the agent in one conversation at most")
+    max_steps: int = setting(
+        100,
+        "tau2: steps of one conversation at most, as tau2 counts them: messages of both sides, and the results of one "
+        "message's calls",
+        variable="TAU2_MAX_STEPS",
+    )
     max_bad_calls: int = setting(3, "malformed replies in a row that end an episode")
     concurrency: int = setting(128, "episodes at once on one rank")
     patience: float = setting(
@@ -261,7 +267,7 @@ ENV_DEFAULTS: dict[str, dict[str, Any]] = {
         "domains": ("airline", "retail", "telecom"),
         "max_new_tokens": 1024,
         "max_tokens": 32_768,
-        "max_turns": 100,
+        "max_turns": 200,  # --max-steps ends a conversation before
         "concurrency": 32,
         "patience": 0.0,
         "micro_batch_tokens": 32_768,
@@ -397,8 +403,8 @@ def out_of_range(name: str, value: Any) -> str:
 
 
 POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
-    "max_new_tokens max_tokens max_turns max_bad_calls concurrency epochs batch_size samples round_tasks steps "
-    "tasks_per_step updates_per_step max_rounds num_trials micro_batch_tokens save_every keep engine_timeout"
+    "max_new_tokens max_tokens max_turns max_steps max_bad_calls concurrency epochs batch_size samples round_tasks "
+    "steps tasks_per_step updates_per_step max_rounds num_trials micro_batch_tokens save_every keep engine_timeout"
 ).split()
 
 NOT_NEGATIVE = (  # noqa: SIM905  (likewise)

@@ -23,9 +23,9 @@ class Stop(StrEnum):
     USER_STOP = "user_stop"  # the customer had what it came for, or gave up
     TRANSFER = "transfer"  # the customer was handed to a human
     AGENT_STOP = "agent_stop"  # the agent ended the conversation
-    MAX_TURNS = "max_turns"  # the agent had all the turns it gets
+    MAX_TURNS = "max_turns"  # the conversation had all the turns it gets
     MAX_TOKENS = "max_tokens"  # the context is full
-    BAD_CALLS = "bad_calls"  # too many malformed replies in a row
+    BAD_CALLS = "bad_calls"  # too many malformed replies in a row, or failed calls in all
     USER_ERROR = "user_error"  # ours: see UserError
     ENGINE_ERROR = "engine_error"  # ours: see EngineError
     ENV_ERROR = "env_error"  # ours: see EnvError

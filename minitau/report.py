@@ -77,6 +77,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return f"{caption(rows, n)}\n\n{aligned(whole)}"
 
 
+def every_k(rows: Sequence[dict[str, Any]]) -> str:
+    """pass@k and pass^k of one agent for each k, a domain two lines."""
+    ks = range(1, rows[0]["trials"] + 1)
+    lines = [[rows[0]["stage"], "", *(f"k={k}" for k in ks)]]
+    lines += [[r["domain"], f"pass{sign}k", *(score(r, f"pass{sign}{k}") for k in ks)] for r in rows for sign in "@^"]
+    return aligned(lines)
+
+
 def caption(rows: Sequence[dict[str, Any]], n: int) -> str:
     """What the rows have in common, and how to read them."""
 

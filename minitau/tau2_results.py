@@ -26,6 +26,7 @@ from typing import Any
 from minitau import config
 from minitau.envs.tau2.domain import open_domain, read_policies
 from minitau.envs.tau2.install import COMMIT
+from minitau.envs.tau2.world import MAX_ERRORS
 from minitau.episode import Message, Stop, Trajectory
 
 # tau2 knows fewer reasons to end. It scores the first two, and gives 0 to any other.
@@ -76,8 +77,8 @@ def results(domain: str, played: Sequence[Trajectory], cfg: config.Evaluation) -
         info=simulation.Info(
             git_commit=COMMIT,
             num_trials=cfg.num_trials,
-            max_steps=cfg.max_turns,
-            max_errors=cfg.max_bad_calls,
+            max_steps=cfg.max_steps,
+            max_errors=MAX_ERRORS,
             user_info=user,
             agent_info=agent,
             environment_info=environment,

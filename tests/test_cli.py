@@ -6,6 +6,8 @@ minutes); one case goes through a real shell command.
 
 import functools
 import json
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,8 @@ import pytest
 import eval as evaluation
 import serve_user
 import train
+from minitau import config, demo, study, tiny
+from minitau.base import pretrain
 from minitau.log import run_script, whole_lines
 
 ROOT = Path(__file__).parent.parent
@@ -196,3 +200,40 @@ def test_tau2_that_is_not_there(tmp_path, tiny_dir):
     if done.returncode == 0:
         pytest.skip("tau2-bench is installed here")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install" in done.stderr, done.stderr
+
+
+SCRIPTS = {
+    "train.py": config.parse_stage,
+    "eval.py": functools.partial(config.parse, config.Evaluation, "eval.py", ""),
+    "serve_user.py": functools.partial(config.parse, config.Server, "serve_user.py", ""),
+    "minitau.sft": functools.partial(config.parse, config.Demonstrations, "minitau.sft", ""),
+    "minitau.sft --check": functools.partial(config.parse, config.Check, "minitau.sft", ""),
+    "minitau.tasks": functools.partial(config.parse, config.Listing, "minitau.tasks", ""),
+    "minitau.tiny": functools.partial(config.parse, tiny.Tiny, "minitau.tiny", ""),
+    "minitau.study": functools.partial(config.parse, study.Study, "minitau.study", ""),
+    "minitau.demo": functools.partial(config.parse, demo.Demo, "minitau.demo", ""),
+    "minitau.base.pretrain": functools.partial(config.parse, pretrain.Pretrain, "minitau.base.pretrain", ""),
+}
+
+
+def readme_commands():
+    """(script, flags) of every command in README.md that runs one of our scripts."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    prose, *rest = text.split("```\n")  # prose and blocks of code take turns
+    blocks, prose = rest[::2], " ".join([prose, *rest[1::2]])
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
+    for command in (part for line in lines for part in re.split(r" && | & | &$", line)):
+        if found := re.match(r"(?:python (?:-m )?|torchrun --nproc_per_node \S+ )(\S+)(.*)", command):
+            name, flags = found[1], shlex.split(found[2], comments=True)
+            yield f"{name} --check" if "--check" in flags else name, [flag for flag in flags if flag != "..."]
+
+
+def test_every_command_in_the_readme_has_flags_that_exist():
+    found = list(readme_commands())
+    assert len(found) > 15
+    for script, flags in found:
+        if script.startswith("benchmarks/"):
+            assert (ROOT / script).is_file()
+        else:
+            SCRIPTS[script](flags)

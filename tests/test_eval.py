@@ -1,5 +1,6 @@
 """eval.py in process: its table, its files, and that an interrupted evaluation goes on without playing twice."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -183,8 +184,13 @@ def test_a_policy_is_shown_beside_the_floors(tmp_path, tiny_dir, plays, capsys):
     assert run(tmp_path, *flags, "--resume")[0] == 0 and plays == []
 
 
-def test_every_score_has_its_interval(tmp_path):
+def test_every_score_has_its_interval(tmp_path, capsys):
     _, rows = run(tmp_path, "--agent", "flawed", "--tasks", 8, "--num-trials", 3)
+    shown = [line.split() for line in capsys.readouterr().out.split("\n\n")[-1].splitlines()]
+    assert shown[0] == ["flawed", "k=1", "k=2", "k=3"] and len(shown) == 9
+    for (domain, name, *cells), (row, sign) in zip(shown[1:], itertools.product(rows, "@^")):
+        assert (domain, name) == (row["domain"], f"pass{sign}k")
+        assert [float(cell) for cell in cells[::2]] == [round(100 * row[f"pass{sign}{k}"], 1) for k in (1, 2, 3)]
     assert [row["domain"] for row in rows] == ["claims", "desk", "locker", "all"]
     for row in rows:
         played = [t for t in episodes(tmp_path) if row["domain"] in ("all", t.task.domain)]

@@ -10,9 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from tau2_world import CREATE, MAKE, MOCK, PATH, ROOT, package, shell
+from tau2_world import CREATE, MAKE, MOCK, PATH, ROAMING, ROOT, package, shell
 
-from minitau import sft, tiny
+from minitau import sft, tau2_results, tiny
+from minitau.envs.tau2.domain import find
 from minitau.episode import Action, Call, Message, Stop, Task
 
 ALL = bool(os.environ.get("MINITAU_TAU2_ALL"))
@@ -192,6 +193,73 @@ def test_other_ends(play):
     for stop in (Stop.MAX_TURNS, Stop.MAX_TOKENS, Stop.BAD_CALLS):
         cut_short = env.evaluate(stop)
         assert cut_short.reward == 0.0 and cut_short.checks == ()
+
+
+LOOKS, FAILS = ("get_customer_by_phone", {"phone_number": "555-123-2002"}), ("get_customer_by_id", {"customer_id": "?"})
+ASKED = [Action("Look, please."), Action(calls=(Call(*LOOKS),) * 2), Action(calls=(Call(*LOOKS),)), Action("So?")]
+ENDS_IN = {
+    "steps": ([*ASKED, Action("Bye.")], [("check_status_bar", "{}"), ("run_speed_test", "{}")]),
+    "errors": ([*ASKED, *[Action(calls=(Call(*FAILS),) * 2)] * 7], [("no_such_tool", "{}")] * 3),
+}
+
+
+@pytest.mark.parametrize("kind, limits", [("steps", range(2, 15)), ("errors", (9, 12, 100))])
+def test_an_episode_ends_where_tau2s_own_would(play, kind, limits):
+    """Calls on both sides, played by tau2's own orchestrator and by us, with few steps, with more, and with all."""
+    from tau2.orchestrator.orchestrator import Orchestrator
+    from tau2.registry import registry
+    from tau2.user.user_simulator import UserSimulator
+
+    actions, uses = ENDS_IN[kind]
+    says = ("Help me.", uses, "I looked.", "Yes?", "Bye. ###STOP###")
+    stops, lengths = [], set()
+    for limit in limits:
+        env, _, customer = play(ROAMING, *says, max_steps=limit)
+        stops.append(next(seen.stop for action in actions if (seen := env.step(action)).stop))
+
+        customer.answers = list(says)
+        environment, spec = registry.get_env_constructor("telecom")(), find(ROAMING)
+        args = {"api_base": customer.url, "api_key": "none"}
+        user = UserSimulator(environment.get_user_tools(), str(spec.user_scenario), "openai/customer", args)
+        theirs = Orchestrator("telecom", Plays(actions), user, environment, spec, max_steps=limit).run()
+
+        shown, wanted = (
+            [(m.role, m.content, [c.name for c in m.tool_calls or ()] if m.role != "tool" else []) for m in messages]
+            for messages in (env._record, theirs.messages)
+        )
+        assert shown == wanted, limit
+        assert tau2_results.REASONS[stops[-1]] == theirs.termination_reason.value
+        lengths.add(len(shown))
+    assert stops[0] == Stop.MAX_TURNS and stops[-1] == (Stop.USER_STOP if kind == "steps" else Stop.BAD_CALLS)
+    assert len(lengths) > len(limits) / 2
+
+
+class Plays:
+    """An agent of tau2's that does as a list says."""
+
+    def __init__(self, actions):
+        self.actions = iter(actions)
+
+    def get_init_state(self, message_history):
+        return None
+
+    def generate_next_message(self, message, state):
+        from tau2.data_model.message import AssistantMessage, ToolCall
+
+        action = next(self.actions)
+        calls = [ToolCall(id="1", name=call.name, arguments=call.arguments) for call in action.calls] or None
+        return AssistantMessage(role="assistant", content=action.text or None, tool_calls=calls), state
+
+    def is_stop(self, message):
+        return False
+
+    def stop(self, message, state):
+        pass
+
+
+def test_scripts_have_all_the_steps_they_need(world):
+    limited = type(world)(max_steps=3)
+    assert limited.demonstrate(Task("retail", "train", "0"), "gold", "0").evaluation.reward == 1.0
 
 
 # --- the whole pipeline ---

@@ -100,7 +100,8 @@ def test_what_may_pass_is_asked_again(play, answer, said):
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
 def test_what_cannot_pass_fails_at_once(play, status):
-    with pytest.raises(UserError, match=f"status {status}"):
+    told = 400 if status == 422 else status  # litellm takes the one for the other in some of its versions
+    with pytest.raises(UserError, match=f"status ({status}|{told})"):
         play(MOCK, status, user_retries=5)
     assert len(play.customer.requests) == 1
 
@@ -109,7 +110,7 @@ def test_nobody_listens(world, capfd):
     server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     server.server_close()
     url = f"http://127.0.0.1:{server.server_port}/v1"
-    with pytest.raises(UserError, match="openai/customer, did not answer"):
+    with pytest.raises(UserError, match="openai/customer, did not answer: nothing listens at its address"):
         Tau2(user_model="openai/customer", user_api_base=url, user_retries=2).env().reset(MOCK, "0")
     assert capfd.readouterr() == ("", "")
 

@@ -191,6 +191,7 @@ def test_eval_writes_it_and_tau2s_viewer_shows_it(world, tmp_path):
     assert sorted(path.name for path in (out / "tau2").iterdir()) == ["retail.json", "telecom.json"]
     rows = {row["domain"]: row for row in json.loads((out / "results.json").read_text())}
     assert rows["retail"]["user_model"] == "" and rows["all"]["pass^2"] == 1.0
+    pytest.importorskip("gymnasium", reason="tau2's command line imports its gym")
     # Choose the first file, its metrics, its first conversation with no note on it, and leave.
     answers = "1\n1\n2\n3\n1\n\n5\n"
     command = [sys.executable, "-m", "tau2.cli", "view", "--dir", str(out / "tau2")]

@@ -17,7 +17,7 @@ VARIABLES = {
     "TAU2_USER_MODEL": ("user_model", "gpt-4.1", "gpt-4.1"),
     "TAU2_USER_API_BASE": ("user_api_base", "http://far:1/v1", "http://far:1/v1"),
     "TAU2_USER_TEMPERATURE": ("user_temperature", "0", 0.0),
-    "TAU2_MAX_STEPS": ("max_turns", "55", 55),
+    "TAU2_MAX_STEPS": ("max_steps", "55", 55),
     "TAU2_REWARD_ALPHA": ("alpha", "0.5", 0.5),
     "TAU2_USE_CURRICULUM": ("curriculum", "0", False),
 }
@@ -41,7 +41,7 @@ def evaluate(*flags):
 def test_without_variables_the_published_defaults_hold():
     cfg = grpo("--env", "tau2")
     assert (cfg.user_model, cfg.user_api_base) == ("openai/Qwen/Qwen3-4B-Instruct-2507", "http://127.0.0.1:30001/v1")
-    assert (cfg.user_temperature, cfg.max_turns, cfg.alpha, cfg.curriculum) == (0.7, 100, 0.25, True)
+    assert (cfg.user_temperature, cfg.max_steps, cfg.alpha, cfg.curriculum) == (0.7, 100, 0.25, True)
     cfg = evaluate("--env", "tau2")
     assert (cfg.user_model, cfg.user_api_base, cfg.user_temperature) == ("gpt-4.1-mini", "", 0.7)
 
@@ -110,7 +110,7 @@ def test_a_run_records_what_it_used(world, tmp_path, monkeypatch):
     flags = f"--agent refuse --env tau2 --domains telecom --tasks 1 --num-trials 1 --user-temperature 0.1 --out {out}"
     evaluation.main(flags.split())
     recorded = json.loads((out / "config.json").read_text())
-    assert (recorded["user_model"], recorded["max_turns"]) == ("openai/from-the-environment", 7)
+    assert (recorded["user_model"], recorded["max_steps"]) == ("openai/from-the-environment", 7)
     assert recorded["user_temperature"] == 0.1
     assert not [name for name in os.listdir(out) if "key" in name]
 

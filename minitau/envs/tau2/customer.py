@@ -31,7 +31,6 @@ class Customer:
     def answer(self, heard: Any) -> Any:
         """The customer's next message, words or calls of its own tools, as tau2's UserMessage.
 
-        An error is told by its name and status alone, as its text may repeat a key or an address.
         Raises UserError after the last attempt.
         """
         known, reason = len(self._state.messages), ""
@@ -44,7 +43,7 @@ class Customer:
                 reason, wait = "its message was empty", 0.0
             except Exception as error:
                 status = getattr(error, "status_code", None)
-                reason = type(error).__name__ + (f" (status {status})" if status else "")
+                reason = told(error)
                 if status and 400 <= status < 500 and status not in AGAIN:
                     break  # asking again cannot help: no key, no such model, too long
                 wait = asked_to_wait(error)
@@ -52,6 +51,19 @@ class Customer:
             if attempt < self._retries:
                 time.sleep(pause(attempt, wait))
         raise UserError(f"the customer, {self._name}, did not answer: {reason}")
+
+
+def told(error: BaseException) -> str:
+    """An error by its name and status alone, as its text may repeat a key or an address.
+
+    Where no server listens, litellm speaks of a server's error 500.
+    """
+    cause: BaseException | None = error
+    while cause := cause.__cause__ or cause.__context__:
+        if type(cause).__name__ == "ConnectError":
+            return "nothing listens at its address; is --user-api-base right, and the server up?"
+    status = getattr(error, "status_code", None)
+    return type(error).__name__ + (f" (status {status})" if status else "")
 
 
 def writable(said: Any) -> Any:

@@ -6,6 +6,7 @@ An episode runs in its caller's thread and blocks while the customer's model ans
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import re
 import zlib
@@ -21,6 +22,7 @@ from minitau.episode import Action, BadInput, Call, Check, EnvError, Message, Ob
 
 # tau2's grader scores these ends, and gives 0 to any other.
 ENDS = {Stop.USER_STOP: "user_stop", Stop.TRANSFER: "user_stop", Stop.AGENT_STOP: "agent_stop"}
+MAX_ERRORS = 10  # failed calls of both sides that end an episode, as tau2 has it
 # tau2's calculator would hold the interpreter, and so all other episodes, for hours over 9**9**9.
 # It gets one power at most, with a plain exponent below 100.
 HUGE_POWER = re.compile(r"\*\*.*\*\*|\*\*(?!\s*\d{1,2}(?!\d))", re.DOTALL)
@@ -35,6 +37,7 @@ class Tau2:
     user_temperature  of the customer: keep it the same in runs that are compared
     user_timeout      seconds one request may take
     user_retries      how often a failed request is made again, after growing pauses
+    max_steps         of an episode, as tau2's orchestrator counts them; scripts have no limit
     max_user_calls    calls of its own tools the customer may make before it speaks (telecom)
     max_tool_chars    cut what the agent reads of a tool's output; the grader always gets all of it
     policies          domain -> text that replaces its policy, inside tau2's own instructions
@@ -51,6 +54,7 @@ class Tau2:
         user_temperature: float = 0.0,
         user_timeout: float = 60,
         user_retries: int = 3,
+        max_steps: int = 100,
         max_user_calls: int = 30,
         max_tool_chars: int | None = None,
         policies: Mapping[str, str] | None = None,
@@ -61,7 +65,7 @@ class Tau2:
             certificates()
             without_price(user_model)
         self.user_model, self.user_retries = user_model, user_retries
-        self.max_user_calls, self.max_tool_chars = max_user_calls, max_tool_chars
+        self.max_steps, self.max_user_calls, self.max_tool_chars = max_steps, max_user_calls, max_tool_chars
         self.policies = dict(policies or {})
         # No retries of litellm's own: they multiply (7 requests for "3") and come without a pause.
         self.user_args: dict[str, Any] = {"temperature": user_temperature, "timeout": user_timeout}
@@ -126,6 +130,7 @@ class Tau2Env:
             self._environment, history = start(task)
             self._record = history or [copy.deepcopy(tau2.orchestrator.DEFAULT_FIRST_AGENT_MESSAGE)]
             *before, said = self._record
+            self._before = len(self._record)
             if said.role != "assistant" or said.is_tool_call():
                 raise ValueError("its history does not end with the agent's words")
             player, world = self._player, self._world
@@ -167,13 +172,15 @@ class Tau2Env:
             answers = {call.id: result for call, result in zip(safe, results)}
             refused = Message("tool", "Error: the calculator does not take powers of that size")
             return Observation(
-                tuple(self._visible([answers[call.id]])[0] if call.id in answers else refused for call in calls)
+                tuple(self._visible([answers[call.id]])[0] if call.id in answers else refused for call in calls),
+                self._over(),
             )
         if not action.text.strip():
             raise EnvError("an action must speak, call a tool, or end")
         self._record.append(message.AssistantMessage(role="assistant", content=action.text))
         words = self._listen(self._record[-1])
-        return Observation((Message("user", words),), how_it_ends(words))
+        heard = (Message("user", words),) if words else ()
+        return Observation(heard, self._over() or how_it_ends(words))
 
     def evaluate(self, stop: Stop) -> episode.Evaluation:
         """The official grader's verdict, from a replay of the whole episode; it calls no model.
@@ -233,9 +240,10 @@ class Tau2Env:
         return results
 
     def _listen(self, heard: Any) -> str:
-        """What the customer says next. It may first use its own tools, which the agent never sees."""
+        """What the customer says next; nothing if the episode is over. It may first use its own tools, which the
+        agent never sees."""
         calls = 0
-        while True:
+        while not self._over():
             said = self._customer.answer(heard)
             self._record.append(said)
             if not said.is_tool_call():
@@ -246,6 +254,18 @@ class Tau2Env:
             results = self._run(said.tool_calls)
             self._record += results
             heard = load().message.MultiToolMessage(role="tool", tool_messages=results)
+        return ""
+
+    def _over(self) -> Stop | None:
+        """How tau2's orchestrator would end the episode here, if it would. It counts every message, results that come
+        together as one, and failed calls, of both sides."""
+        if self._player:
+            return None
+        new = list(itertools.pairwise(self._record[self._before - 1 :]))
+        if sum(message.role == "tool" and message.error for _, message in new) >= MAX_ERRORS:
+            return Stop.BAD_CALLS
+        steps = sum(message.role != "tool" or last.role != "tool" for last, message in new)
+        return Stop.MAX_TURNS if steps >= self._world.max_steps else None
 
     def _visible(self, record: list[Any]) -> tuple[Message, ...]:
         """tau2's messages as the agent sees them: without the customer's own calls and their results."""
