@@ -49,7 +49,7 @@ class Pretrain:
     layers: int = setting(5, "blocks")
     hidden: int = setting(192, "hidden size")
     heads: int = setting(6, "query heads of 32; half as many key heads")
-    steps: int = setting(4000, "optimizer steps")
+    steps: int = setting(3285, "optimizer steps")
     batch_tokens: int = setting(131_072, "tokens of one step")
     lr: float = setting(2e-3, "peak learning rate of AdamW; 2% warm-up, then it falls as a cosine")
     heard_weight: float = setting(0.2, "weight in the loss of a token that the agent did not say; its own weigh 1")
