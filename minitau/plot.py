@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitau import config, report
+from minitau import catalogue, config, report
 from minitau.config import setting
 from minitau.episode import BadInput
 from minitau.log import run_script, whole_lines
@@ -95,12 +95,12 @@ def groups_of(folders: Sequence[Path], together: bool = False) -> list[Group]:
 
 def identity(folder: Path) -> dict[str, Any]:
     """What makes a run what it is, beside its seed. A model that has `seed-N` of this seed in its path has none."""
-    path = folder / "config.json"
-    settings = config.read_settings(path) if path.is_file() else {}
+    settings = catalogue.settings_of(folder)
     seed = settings.get("seed")
     kept = {name: value for name, value in settings.items() if name not in (*PLACES, "seed")}
     return {
-        name: value.replace(f"seed-{seed}", "seed-*") if isinstance(value, str) else value for name, value in kept.items()
+        name: value.replace(f"seed-{seed}", "seed-*") if isinstance(value, str) else value
+        for name, value in kept.items()
     }
 
 

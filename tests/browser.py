@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
+FLAGS = (  # noqa: SIM905  (a command line reads better as one)
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --remote-debugging-pipe --window-size=1440,900"
 ).split()
@@ -107,7 +107,9 @@ class Browser:
                 self.send("Input.dispatchKeyEvent", type="keyUp", key=letter)
 
     def click(self, selector: str) -> None:
-        where = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{element}.scrollIntoView({{block: 'nearest'}})")
+        where = f"{element}.getBoundingClientRect()"
         x, y = self.run(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({where})")
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)

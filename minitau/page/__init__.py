@@ -17,13 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from minitau import catalogue
 from minitau.catalogue import COLUMNS, TEXTS, Entry, Record, Token, Words
+from minitau.log import progress_bar
 
 HERE = Path(__file__).parent
-MANY = 50  # episodes that take long enough for a progress bar
 HEAD, FOOT = (HERE / "page.html").read_text(encoding="utf-8").split("<!-- conversations -->\n")
 
 
@@ -45,13 +43,19 @@ def write(path: Path, title: str, entries: Sequence[Entry], words: Words, settin
     scratch = path.with_name(f".{path.name}.tmp")
     with open(scratch, "w", encoding="utf-8") as file:
         file.write(head)
-        for entry in tqdm(entries, "packing", unit=" episodes", leave=False, disable=len(entries) < MANY):
-            packed = gzip.compress(as_json(conversation(catalogue.read(entry), words, settings)).encode(), mtime=0)
-            text = base64.b64encode(packed).decode()
+        bar = progress_bar("packing", len(entries), "episode")
+        for entry in entries:
+            text = packed(conversation(catalogue.read(entry), words, settings))
             file.write(f'<script type="text/plain" id="episode-{entry.number}">{text}</script>\n')
+            bar.update()
+        bar.close()
         file.write(FOOT)
     scratch.replace(path)
     return path.stat().st_size
+
+
+def packed(value: Any) -> str:
+    return base64.b64encode(gzip.compress(as_json(value).encode(), mtime=0)).decode()
 
 
 def together(*names: str) -> str:

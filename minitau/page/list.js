@@ -140,7 +140,7 @@ function rowElement(row) {
 
 function move(by) {
   const at = found.findIndex((row) => row.number === state.open);
-  const to = Math.max(0, Math.min(found.length - 1, at < 0 ? 0 : at + by));
+  const to = Math.max(0, Math.min(found.length - 1, at < 0 && by === -1 ? 0 : at + by));
   if (!found.length) return;
   const box = $("rows");
   if (to * ROW < box.scrollTop) box.scrollTop = to * ROW;
