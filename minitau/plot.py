@@ -88,9 +88,15 @@ def groups_of(folders: Sequence[Path], together: bool = False) -> list[Group]:
     for members in found.values():
         first = settings[members[0]]
         said = ", ".join(f"{name} {first.get(name, '-')}" for name in differing) if len(found) > 1 else ""
-        name = said if said and len(said) <= 40 else members[0].name
+        name = said if said and len(said) <= 40 else common_name(members)
         groups.append(Group(name, [read(folder) for folder in members]))
     return groups
+
+
+def common_name(folders: Sequence[Path]) -> str:
+    """The folders' name, without the number if that is what tells seeds apart."""
+    first, *others = (folder.resolve().name for folder in folders)
+    return first if set(others) <= {first} else first.rstrip("0123456789").rstrip("-_.") or first
 
 
 def identity(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
 const COLUMNS = ["number", "split", ...data.columns];
 const SHOWN = ["number", ...data.columns];
-const TITLES = { number: "#", attempt: "attempt", advantage: "advantage" };
+const TITLES = { number: "#", attempt: "att.", advantage: "adv." };
 const TEXTS = new Set(data.texts);
 const MEASURES = ["logprob", "advantage", "weight", "drift"];
 const ROW = 28; // pixels, as page.css has it
@@ -245,7 +245,7 @@ function start() {
   for (const name of SHOWN) {
     const button = make("button", TEXTS.has(name) ? "" : "number");
     button.name = name;
-    button.title = "sort by this";
+    button.title = `sort by ${name}`;
     button.addEventListener("click", () => {
       if (state.sort !== name) Object.assign(state, { sort: name, down: false });
       else if (!state.down) state.down = true;
