@@ -16,7 +16,7 @@ from pathlib import Path
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (  # noqa: SIM905  (a command line reads better as one)
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --remote-debugging-pipe --window-size=1440,900"
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe --window-size=1440,900"
 ).split()
 NAMED = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "End": 35}
 

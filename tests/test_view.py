@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -322,7 +323,16 @@ def clean(tab):
 
 @browsed
 def test_the_page_is_read_with_keys_and_mouse(write, capsys, clean, tiny_dir):
-    many = [row(i % 3, task=f"t{i // 3}", reward=float(i % 3 == 1), step=1 + i // 30) for i in range(300)]
+    many = [
+        row(
+            i % 3,
+            task=f"t{i // 3}",
+            reward=float(i % 3 == 1),
+            step=1 + i // 30,
+            words=("Hi", "Bye" if i % 3 == 2 else "Hello"),
+        )
+        for i in range(300)
+    ]
     folder = write(*many)
     clean.open(f"file://{write_page(folder, capsys, '--tokenizer', tiny_dir)}")
     assert clean.texts("#count") == ["300 of 300 episodes, 33% succeeded"]
@@ -371,7 +381,7 @@ def test_the_page_is_read_with_keys_and_mouse(write, capsys, clean, tiny_dir):
     clean.press("t", "p", "c")
     clean.until("document.querySelectorAll('.pane').length === 2")
     assert clean.texts(".pane h2") == ["53: desk/train/t17, attempt 1", "54: desk/train/t17, attempt 2"]
-    assert clean.texts(".apart") == ["from here on they differ"] * 2 or clean.texts(".apart") == []
+    assert clean.texts(".apart") == ["from here on they differ"] * 2
     clean.press("Escape")
     clean.until("document.querySelectorAll('.pane').length === 1")
     clean.until("location.hash.includes('open=53')")
@@ -418,7 +428,8 @@ def test_the_page_shows_hostile_words_as_words(write, capsys, clean):
     first = clean.texts(".customer .text")[0]
     assert first.startswith(SCRIPT) and len(first) < 4000
     clean.click(".customer button")
-    clean.until("document.querySelector('.customer .text').innerText.length > 1000000")
+    first = clean.texts(".customer .text")[0]
+    assert 33_000 < len(first) < 33_200 and first.endswith(f"show 30,000 of {len(line) - 33_000:,} more letters")
     assert clean.run("document.querySelector('#panes').scrollWidth <= document.querySelector('#panes').clientWidth")
     assert "broken" not in clean.run("document.title").split("<")[0] and clean.texts("img") == []
     # Should markup ever get in, the page's own policy still lets nothing run and nothing be fetched.
@@ -437,20 +448,27 @@ def test_500_long_episodes_open_at_once(tmp_path, monkeypatch, clean):
     t.said = [i % 200 >= 150 and i >= 1000 for i in range(10_000)]
     t.logprobs = [-float(p) if says else 0.0 for p, says in zip(torch.rand(10_000, generator=generator), t.said)]
     t.turns = [Turn(i + 150, i + 200, 1) for i in range(1000, 10_000, 200)]
-    t.messages = [Message(role, "words " * 100) for _ in t.turns for role in ("user", "assistant")]
+    rng = Random(0)  # what is said does not repeat itself, so that it packs no better than real words
+    text = {
+        role: [" ".join(str(rng.randrange(10**4)) for _ in range(60)) for _ in t.turns]
+        for role in ("user", "assistant")
+    }
+    t.messages = [Message(role, text[role][i]) for i in range(len(t.turns)) for role in text]
     old = [p - 0.01 for p, says in zip(t.logprobs, t.said) if says]
     one = page.conversation(
         catalogue.Record(entry_like(1), t, old), catalogue.Words(tmp_path, {}), {**SETTINGS, "model": str(tmp_path)}
     )
-    text = page.packed(one)  # packing 500 takes longer than all else here, and is not what is measured
+    one["given"] = " ".join(str(rng.randrange(10**4)) for _ in range(5000))
+    packed = page.packed(one)  # packing 500 takes longer than all else here, and is not what is measured
     monkeypatch.setattr(catalogue, "read", lambda entry: entry)
     monkeypatch.setattr(page, "conversation", lambda *_: one)
-    monkeypatch.setattr(page, "packed", lambda _: text)
+    monkeypatch.setattr(page, "packed", lambda _: packed)
     out = tmp_path / "page.html"
     size = page.write(out, "long", [entry_like(i) for i in range(1, 501)], catalogue.Words(tmp_path, {}), SETTINGS)
-    assert size > 10e6
+    assert size > 20e6
     clean.open(f"file://{out}")
     marks = dict(clean.run("performance.getEntriesByType('mark').map((mark) => [mark.name, mark.startTime])"))
+    print(f"{size / 1e6:.0f} MB, its list after {marks['listed']:.0f} ms, all of it after {marks['whole']:.0f} ms")
     assert marks["listed"] <= marks["whole"] < 2000, marks
     clean.press("End", "t")
     clean.until("document.querySelectorAll('.token').length === 2250")

@@ -10,6 +10,7 @@ const TEXTS = new Set(data.texts);
 const MEASURES = ["logprob", "advantage", "weight", "drift"];
 const ROW = 28; // pixels, as page.css has it
 const LONG = 3000; // letters of a message that are shown at first
+const MORE = 30000; // and at each further wish
 const rows = data.rows.map((values) => Object.fromEntries(COLUMNS.map((name, i) => [name, values[i]])));
 const byNumber = new Map(rows.map((row) => [row.number, row]));
 const keyOf = (row) => `${row.domain}/${row.split}/${row.task}`;

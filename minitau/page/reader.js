@@ -150,15 +150,22 @@ function said(className, label, text) {
   return make("div", `said ${className}`, make("span", "", label), make("div", "text", cut(text)));
 }
 
-// The text itself, or its beginning with a button that gives the rest.
+// The text itself, or its beginning with a button that gives more, in parts that a browser can set without a pause.
 function cut(text) {
   if (text.length <= LONG) return document.createTextNode(text);
-  const part = make("span", "", text.slice(0, LONG), "… ");
-  const button = make("button", "more", `show all ${text.length.toLocaleString("en")} letters`);
-  button.addEventListener("click", (event) => {
-    event.stopPropagation();
-    part.replaceWith(document.createTextNode(text));
+  const part = make("span", "", text.slice(0, LONG));
+  const button = make("button", "more");
+  let shown = LONG;
+  const label = () => {
+    const next = Math.min(MORE, text.length - shown);
+    button.textContent = `show ${next.toLocaleString("en")} of ${(text.length - shown).toLocaleString("en")} more letters`;
+  };
+  button.addEventListener("click", () => {
+    button.before(text.slice(shown, (shown += MORE)));
+    if (shown >= text.length) button.remove();
+    else label();
   });
+  label();
   part.append(button);
   return part;
 }
