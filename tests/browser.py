@@ -80,6 +80,7 @@ class Browser:
 
     def open(self, address: str) -> None:
         """Go to a page and wait until it says that it is whole."""
+        self.send("Page.navigate", url="about:blank")  # else an address that differs behind its # would load nothing
         self.send("Page.navigate", url=address)
         self.until("performance.getEntriesByName('whole').length > 0")
 

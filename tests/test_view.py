@@ -392,7 +392,6 @@ def test_the_page_is_read_with_keys_and_mouse(write, capsys, clean, tiny_dir):
     assert "↓" in clean.texts("#columns button[name=step]")[0]
     clean.until("location.hash.includes('sort=-step')")
     address = clean.run("location.href")
-    clean.send("Page.navigate", url="about:blank")
     clean.open(address)
     clean.until("document.querySelector('.pane h2')?.innerText.startsWith('53')")
     assert clean.texts("#count") == ["1 of 300 episodes, 100% succeeded"]
@@ -491,6 +490,7 @@ def test_the_page_is_looked_at(run, capsys, clean, tmp_path):
         clean.scheme(scheme)
         clean.open(f"file://{out}#open=2&tokens=1")
         clean.until("document.querySelector('.token')")
+        assert len(clean.texts(".pane")) == 1
         clean.picture(PICTURES / f"{scheme}.png")
         grounds[scheme] = clean.run("getComputedStyle(document.body).backgroundColor")
         clean.press("c")
