@@ -96,6 +96,10 @@ class Browser:
             assert time.monotonic() < end, f"not within {seconds} s: {script}"
             time.sleep(0.02)
 
+    def frame(self) -> None:
+        """Wait until the page has been drawn as it now is."""
+        self.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(0))))")
+
     def texts(self, selector: str) -> list[str]:
         return self.run(f"[...document.querySelectorAll({json.dumps(selector)})].map((each) => each.innerText)")
 
@@ -110,6 +114,7 @@ class Browser:
     def click(self, selector: str) -> None:
         element = f"document.querySelector({json.dumps(selector)})"
         self.run(f"{element}.scrollIntoView({{block: 'nearest'}})")
+        self.frame()  # what comes into view gets its real size only now
         where = f"{element}.getBoundingClientRect()"
         x, y = self.run(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({where})")
         for kind in ("mousePressed", "mouseReleased"):

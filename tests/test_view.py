@@ -427,6 +427,7 @@ def test_the_page_shows_hostile_words_as_words(write, capsys, clean):
     first = clean.texts(".customer .text")[0]
     assert first.startswith(SCRIPT) and len(first) < 4000
     clean.click(".customer button")
+    clean.until("document.querySelector('.customer .text').innerText.length > 30000")
     first = clean.texts(".customer .text")[0]
     assert 33_000 < len(first) < 33_200 and first.endswith(f"show 30,000 of {len(line) - 33_000:,} more letters")
     assert clean.run("document.querySelector('#panes').scrollWidth <= document.querySelector('#panes').clientWidth")
