@@ -101,7 +101,8 @@ class Browser:
         self.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(0))))")
 
     def texts(self, selector: str) -> list[str]:
-        return self.run(f"[...document.querySelectorAll({json.dumps(selector)})].map((each) => each.innerText)")
+        """Of every such element, also where it is out of sight."""
+        return self.run(f"[...document.querySelectorAll({json.dumps(selector)})].map((each) => each.textContent)")
 
     def press(self, *keys: str) -> None:
         """Named keys, or text that is typed letter by letter."""
