@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from random import Random
 
 import torch
@@ -103,15 +104,17 @@ def train_grpo(cfg: config.GRPO) -> None:
         episodes += len(played)
         if cfg.shuffle_rewards:
             groups = shuffled(groups, seed=f"{cfg.seed}:{step}:shuffle")
-        chunks = [weigh(cfg, part) for part in split(groups, cfg.updates_per_step)]
-        updates = [micro_batches(cfg, chunk) for chunk in chunks if chunk]
+        chunks = [chunk for part in split(groups, cfg.updates_per_step) if (chunk := weigh(cfg, part))]
+        updates = [micro_batches(cfg, chunk) for chunk in chunks]
         with clock.phase("logprobs"):
             if reference:
                 updates = [[score(reference, mb, cfg, "reference_N") for mb in mbs] for mbs in updates]
             if cfg.updates_per_step > 1:
                 updates = [[score(run.model, mb, cfg, "old_N") for mb in mbs] for mbs in updates]
+        old: list[Tensor] = []  # what the trainer thought of every token before its update: kept for people to read
         with clock.phase("update"):
-            losses = [update(run, cfg, mbs, lambda mb: grpo_loss(run.model, mb, cfg), cfg.lr) for mbs in updates]
+            loss_of = partial(grpo_loss, run.model, cfg=cfg, record=old)
+            losses = [update(run, cfg, mbs, loss_of, cfg.lr) for mbs in updates]
         with clock.phase("sync"):
             drift_of_sync = sync(engine, run, cfg, version=step)
         metrics = {
@@ -123,7 +126,7 @@ def train_grpo(cfg: config.GRPO) -> None:
             **clock.report(),
         }
         run.log.write(metrics, ("reward", "partial", "zero_variance_share"))
-        save_trajectories(run, step, played, [sample for chunk in chunks for sample in chunk])
+        save_trajectories(run, cfg, step, played, chunks, old)
         clock = Clock()  # the time of a checkpoint stands in the line of the step after it
         if step % cfg.save_every == 0 or step == cfg.steps or spent(cfg, episodes):
             with clock.phase("checkpoint"):
@@ -220,10 +223,17 @@ def score(model: Qwen3, mb: batch.MicroBatch, cfg: config.GRPO, name: str) -> ba
     return dataclasses.replace(mb, **{name: forward(model, mb, cfg.temperature, cfg.dtype)[0]})
 
 
-def grpo_loss(model: Qwen3, mb: batch.MicroBatch, cfg: config.GRPO) -> tuple[Tensor, dict[str, Tensor]]:
-    """This micro-batch's part of the loss, and sums over its tokens of what the log shows."""
+def grpo_loss(
+    model: Qwen3, mb: batch.MicroBatch, cfg: config.GRPO, record: list[Tensor] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This micro-batch's part of the loss, and sums over its tokens of what the log shows.
+
+    The log-probabilities before the update are also appended to `record`.
+    """
     logprobs_N, entropy_N = forward(model, mb, cfg.temperature, cfg.dtype)
     old_N = logprobs_N.detach() if mb.old_N is None else mb.old_N
+    if record is not None:
+        record.append(old_N)
     policy_N, clipped_N = grpo.policy_loss(
         logprobs_N, old_N, mb.advantages_N, clip_low=cfg.clip_low, clip_high=cfg.clip_high
     )

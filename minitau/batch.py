@@ -9,7 +9,7 @@ This file knows records and tensors, no model and no loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,3 +122,20 @@ def micro_batches(
     """This rank's micro-batches of the global batch `samples`, which is the same on every rank."""
     bins = plan([len(s.trajectory.ids) for s in samples], budget, world_size)[rank]
     return [pack([samples[i] for i in indices], device) for indices in bins]
+
+
+def by_sample(
+    samples: Sequence[Sample], values: Iterator[Tensor], *, budget: int, rank: int, world_size: int
+) -> dict[int, list[float]]:
+    """The way back from `micro_batches`: index in `samples` -> one value for each token said there, this rank's only.
+
+    values: gives the (N,) tensor of each micro-batch, in their order; what follows them is left in it.
+    """
+    bins = plan([len(s.trajectory.ids) for s in samples], budget, world_size)[rank]
+    found = {}
+    for indices, values_N in zip(bins, values):
+        said = [sum(samples[i].trajectory.said[1:]) for i in indices]
+        if sum(said):  # else nobody spoke in it, and its only row stands for nothing
+            parts = values_N.float().cpu().split(said)
+            found |= {i: part.tolist() for i, part in zip(indices, parts, strict=True)}
+    return found

@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from minitau.episode import BadInput, Check, Stop, Trajectory
+from minitau.episode import BadInput, Check, Message, Stop, Trajectory
 from minitau.log import whole_lines
 
 # -- episodes on disk ----------------------------------------------------------------------------------
@@ -247,44 +247,63 @@ BAR = " | "
 LABEL = 10  # columns of the speaker's name
 
 
-def side_by_side(before: Trajectory, after: Trajectory, titles: tuple[str, str], width: int = 120) -> str:
+def side_by_side(
+    before: Trajectory, after: Trajectory, titles: tuple[str, str], width: int = 120, most: int = 0
+) -> str:
     """Two episodes as two columns of text, `width` columns in all; one under the other if that is narrow.
 
     Above each stand its title, reward and stop, below it the checks that failed. The policy is left out.
+    `most`: letters shown of one message, 0 for all.
     """
     one_column = width < NARROW
     column = max(LABEL + 10, width if one_column else (width - len(BAR)) // 2)
-    left, right = (parts(t, title, column) for t, title in zip((before, after), titles))
+    left, right = (parts(t, title, column, most) for t, title in zip((before, after), titles))
     if one_column:
         return "\n".join(line for part in (*left, [""], *right) for line in part)
     rows = [row for both in zip(left, right) for row in zip_longest(*both, fillvalue="")]
     return "\n".join(f"{a}{' ' * (column - columns(a))}{BAR}{b}".rstrip() for a, b in rows)
 
 
-def parts(t: Trajectory, title: str, column: int) -> list[list[str]]:
+def parts(t: Trajectory, title: str, column: int, most: int = 0) -> list[list[str]]:
     """Head, conversation and foot of an episode, each as lines of at most `column` columns."""
     stop = t.stop.value if t.stop else "nothing"
     head = [*wrap(title, column), *wrap(f"reward {t.reward:.2f}, ended by {stop}", column), "-" * column]
     body = []
     for label, text in spoken(t):
-        lines = wrap(text, column - LABEL)
-        body += [f"{label.ljust(LABEL)}{lines[0]}", *(" " * LABEL + line for line in lines[1:])]
+        body += labelled(label, text, column, most)
     return [head, body, ["-" * column, *(line for text in verdict(t) for line in wrap(text, column))]]
+
+
+def labelled(label: str, text: str, column: int, most: int = 0) -> list[str]:
+    """What one speaker said, as lines of at most `column` columns with its name before the first."""
+    lines = wrap(shortened(text, most), column - LABEL)
+    return [f"{label.ljust(LABEL)}{lines[0]}", *(" " * LABEL + line for line in lines[1:])]
+
+
+def shortened(text: str, most: int) -> str:
+    """The first `most` letters of `text`, and how many more there are; all of it if `most` is 0."""
+    left = len(text) - most
+    return f"{text[:most]} [... {left:,} more letters]" if most and left > 0 else text
 
 
 def spoken(t: Trajectory) -> Iterator[tuple[str, str]]:
     """Who said what, in order: customer and agent, the agent's calls and their results."""
     for message in t.messages:
-        match message.role:
-            case "user":
-                yield "customer", message.content
-            case "tool":
-                yield "result", message.content
-            case "assistant":
-                if message.content or not message.calls:  # beside calls, text is a thought that nobody hears
-                    yield "thought" if message.calls else "agent", message.content or "(no words)"
-                for call in message.calls:
-                    yield "call", f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)})"
+        yield from spoken_in(message)
+
+
+def spoken_in(message: Message) -> Iterator[tuple[str, str]]:
+    """The same of one message; nothing of the policy."""
+    match message.role:
+        case "user":
+            yield "customer", message.content
+        case "tool":
+            yield "result", message.content
+        case "assistant":
+            if message.content or not message.calls:  # beside calls, text is a thought that nobody hears
+                yield "thought" if message.calls else "agent", message.content or "(no words)"
+            for call in message.calls:
+                yield "call", f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)})"
 
 
 def verdict(t: Trajectory) -> list[str]:

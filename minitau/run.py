@@ -6,6 +6,7 @@ The stages themselves and their losses are in train.py; this file knows no algor
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -158,15 +159,50 @@ def export(run: Run) -> None:
     say(f"the trained model is in {run.dir / 'model'}")
 
 
-def save_trajectories(run: Run, step: int, played: Sequence[Trajectory], samples: Sequence[batch.Sample]) -> None:
-    """RUN/trajectories/step-000001.jsonl: every episode of the step, with its advantage if it had one."""
+def save_trajectories(
+    run: Run,
+    cfg: config.Training,
+    step: int,
+    played: Sequence[Trajectory],
+    chunks: Sequence[Sequence[batch.Sample]],
+    old: Sequence[Tensor],
+) -> None:
+    """RUN/trajectories/step-000001.jsonl: every episode of the step, and what the update knew of it.
+
+    Those that were trained on have their advantage, and in `old_logprobs` the trainer's log-probability of each token
+    said. chunks: the samples of each update; old: the (N,) of each of this rank's micro-batches, in their order.
+    """
+    logprobs = trainer_logprobs(cfg, chunks, old)
     if not parallel.is_main():
         return
-    advantages = {id(sample.trajectory): sample.advantage for sample in samples}
-    rows = ({"step": step, "advantage": advantages.get(id(t)), "trajectory": t.to_json()} for t in played)
+    samples = {id(s.trajectory): (s.advantage, each) for s, each in zip(itertools.chain(*chunks), logprobs)}
     folder = run.dir / "trajectories"
     folder.mkdir(exist_ok=True)
-    write_jsonl(folder / f"step-{step:06d}.jsonl", rows)
+
+    def row(t: Trajectory) -> dict[str, object]:
+        advantage, each = samples.get(id(t), (None, None))
+        return {"step": step, "advantage": advantage, "old_logprobs": each, "trajectory": t.to_json()}
+
+    write_jsonl(folder / f"step-{step:06d}.jsonl", map(row, played))
+
+
+def trainer_logprobs(
+    cfg: config.Training, chunks: Sequence[Sequence[batch.Sample]], old: Sequence[Tensor]
+) -> list[list[float] | None]:
+    """Of each sample of the chunks, in order and on every rank, one log-probability for each token said."""
+    values, mine, first = iter(old), {}, 0
+    for chunk in chunks:
+        found = batch.by_sample(
+            chunk,
+            values,
+            budget=cfg.micro_batch_tokens,
+            rank=parallel.rank(),
+            world_size=parallel.world_size(),
+        )
+        mine |= {first + i: each for i, each in found.items()}
+        first += len(chunk)
+    everyone = {i: each for part in parallel.gather(mine) for i, each in part.items()}
+    return [everyone.get(i) for i in range(first)]
 
 
 def say(text: str) -> None:

@@ -379,5 +379,12 @@ def test_grpo_under_torchrun(tiny_dir, tmp_path):
     # The engine's whole copy and the shards it came from must be the same weights.
     assert all(line["drift"] < 1e-4 for line in lines)
     assert [line["weight_versions"] for line in lines] == [[0], [1]]
+    # What each rank's trainer thought of its tokens stands beside what the sampler did, whoever played the episode.
+    for line in lines:
+        rows = [json.loads(row) for row in whole_lines(out / "trajectories" / f"step-00000{line['step']}.jsonl")]
+        pairs = [(row["old_logprobs"], row["trajectory"]) for row in rows]
+        sampled = [[p for p, says in zip(t["logprobs"], t["said"]) if says] for _, t in pairs]
+        drifts = [abs(a - b) for (old, _), said in zip(pairs, sampled) for a, b in zip(old, said, strict=True)]
+        assert sum(drifts) / len(drifts) == pytest.approx(line["drift"], rel=1e-3)
     trained, start = checkpoint.load_model(out / "model"), checkpoint.load_model(tiny_dir)
     assert not trained.head_weight.equal(start.head_weight)
