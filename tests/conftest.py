@@ -20,6 +20,7 @@ from tau2_world import play, world  # noqa: F401  (fixtures of tau2-bench's test
 
 from minitau import tiny
 from minitau.engines.server import Server
+from minitau.engines.sglang import ENVIRONMENT
 from minitau.episode import Check, Evaluation, Stop, Task, Trajectory
 from minitau.model import ModelConfig, Qwen3, init_weights
 
@@ -79,7 +80,12 @@ def sglang_server(model_dir: Path, log: Path, context: int, *flags: str, command
     """A running server with a directory's weights in fp32; the stand-in, unless MINITAU_SGLANG names the real one."""
     words = [*shlex.split(command), "--model-path", str(model_dir), "--host", "127.0.0.1", "--dtype", "float32"]
     words += ["--context-length", str(context), "--skip-tokenizer-init", "--skip-server-warmup", *flags]
-    server = Server(lambda port: [*words, "--port", str(port)], log, "the test's server", environment=FOR_THE_FAKE)
+    server = Server(
+        lambda port: [*words, "--port", str(port)],
+        log,
+        "the test's server",
+        environment={**ENVIRONMENT, **FOR_THE_FAKE},
+    )
     server.start(300.0, shown=False)
     try:
         yield server
