@@ -158,7 +158,7 @@ def measure_drift(engine: SGLangEngine, weights: parallel.FullWeights, both: Sim
     """The probe's figure, with all weights right, and with one tensor of the engine stale.
 
     Stale: the trainer's has moved since by as much as its own standard deviation; a norm, whose weights are ones,
-    by 0.1.
+    by half of that.
     """
     named = dict(both.run.model.named_parameters())
     layers = both.run.model.cfg.num_hidden_layers
@@ -169,12 +169,20 @@ def measure_drift(engine: SGLangEngine, weights: parallel.FullWeights, both: Sim
         mine = parallel.local(named[name])
         kept = mine.clone()
         with torch.no_grad():
-            mine.add_(torch.randn_like(mine) * (0.1 if mine.ndim == 1 else kept.std()))
+            mine.add_(torch.randn_like(mine) * (0.5 if mine.ndim == 1 else kept.std()))
+        forget_gathered(both.run.model)
         stale[name] = probe.probe(engine, both.run, both.cfg, 100)
         with torch.no_grad():
             mine.copy_(kept)
+        forget_gathered(both.run.model)
     again = probe.probe(engine, both.run, both.cfg, 100)
     return {"mean": statistics.fmean(right), "each": right, "one_tensor_stale": stale, "and_right_again": again}
+
+
+def forget_gathered(model: Qwen3) -> None:
+    """Iterating the weights gives back what a forward without backward left gathered: the root's, as they were."""
+    for _ in parallel.FullWeights(model):
+        pass
 
 
 # -- rollout -----------------------------------------------------------------------------------------------

@@ -440,7 +440,7 @@ def test_servers_that_are_there_already(tiny_dir, tmp_path):
     ("flags", "said"),
     [
         (("--engine-url", "http://127.0.0.1:1"), "no healthy server at http://127.0.0.1:1"),
-        (("--engine-url", "http://127.0.0.1:1,http://127.0.0.1:2"), "names 2 servers; every one of 1 ranks"),
+        (("--engine-url", "http://127.0.0.1:1,http://127.0.0.1:2"), "names 2 servers; each of 1 ranks needs its own"),
         (("--engine-command", "/no/such/python -m sglang"), "died while it started"),
         (("--engine-mem", "1.5"), "--engine-mem is 1.5"),
         (("--engine", "local", "--engine-sleep"), "--engine-sleep is for --engine sglang"),

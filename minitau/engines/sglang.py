@@ -337,6 +337,8 @@ def open_sglang(cfg: Any, stop_ids: Iterable[int], takes_weights: bool) -> SGLan
 
     Without takes_weights the server samples from the model in cfg.model. Raises BadInput, EngineError.
     """
+    if parallel.device().type == "cuda" and cfg.dtype == "float32":
+        raise BadInput("SGLang's CUDA kernels compute in half precision only: --engine sglang needs --dtype bfloat16")
     urls, server = cfg.engine_url, None
     if not urls:
         server = Server(
