@@ -43,7 +43,7 @@ class Episodes:
         "sglang: how a server is started, with more of its flags if wanted; '' is this Python's sglang.launch_server",
     )
     engine_url: tuple[str, ...] = setting((), "sglang: servers that run already, one a rank; none is started then")
-    engine_mem: float = setting(0.4, "sglang: part of its GPU's memory for a server's weights and KV cache")
+    engine_mem: float = setting(0.4, "sglang: a server takes this part of what is free on its GPU when it starts")
     engine_timeout: float = setting(600.0, "sglang: seconds until a start, or a reply, counts as never coming")
     temperature: float = setting(1.0, "of the policy's sampling; 0 is greedy (evaluation only)")
     max_new_tokens: int = setting(128, "tokens of one reply at most")
@@ -244,7 +244,7 @@ class Server:
     port: int = setting(30001, "on 127.0.0.1; 0 takes any that is free")
     gpus: tuple[str, ...] = setting((), "sglang: which GPUs, by number; those that are visible if empty")
     tp: int = setting(1, "sglang: GPUs that one copy of the model is spread over; the others hold further copies")
-    mem_fraction: float = setting(0.85, "sglang: part of a GPU's memory to take; small beside a trainer")
+    mem_fraction: float = setting(0.85, "sglang: part to take of what is free on a GPU at the start; small beside a trainer")
     engine_command: str = setting(
         "", "sglang: how it is started, with more of its flags if wanted; '' is this Python's sglang.launch_server"
     )
@@ -276,7 +276,7 @@ ENV_DEFAULTS: dict[str, dict[str, Any]] = {
 
 # tau2-4b: the settings of the published pipeline.
 TAU2_TRAINING = {"dtype": "bfloat16", "activation_checkpointing": True, "micro_batch_tokens": 32_768}
-TAU2_EPISODES = {"env": "tau2", "max_new_tokens": 4096}
+TAU2_EPISODES = {"env": "tau2", "max_new_tokens": 4096, "engine": "sglang"}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "courier": {"sft": {}, "rft": {}, "grpo": {}},
     "tau2-4b": {
