@@ -244,7 +244,9 @@ class Server:
     port: int = setting(30001, "on 127.0.0.1; 0 takes any that is free")
     gpus: tuple[str, ...] = setting((), "sglang: which GPUs, by number; those that are visible if empty")
     tp: int = setting(1, "sglang: GPUs that one copy of the model is spread over; the others hold further copies")
-    mem_fraction: float = setting(0.85, "sglang: part to take of what is free on a GPU at the start; small beside a trainer")
+    mem_fraction: float = setting(
+        0.85, "sglang: part to take of what is free on a GPU at the start; small beside a trainer"
+    )
     engine_command: str = setting(
         "", "sglang: how it is started, with more of its flags if wanted; '' is this Python's sglang.launch_server"
     )
