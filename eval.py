@@ -23,7 +23,7 @@ import torch
 
 from minitau import checkpoint, config, parallel, rollout, tau2_results
 from minitau.chat import Chat
-from minitau.engines import open_engine
+from minitau.engines import open_engine, sglang
 from minitau.envs import open_world
 from minitau.episode import BadInput, EpisodeError, Task, Trajectory, World
 from minitau.estimators import bootstrap_interval, counted, mean_over_tasks, pass_at_k, pass_hat_k
@@ -82,7 +82,7 @@ def play(
             file.write(json.dumps(trajectory.to_json(), ensure_ascii=False) + "\n")
             file.flush()
 
-        if policy:
+        if policy and missing:
             model, chat = policy
             engine = open_engine(cfg, model, chat.stop_ids)
             if model:
@@ -90,7 +90,7 @@ def play(
             stage = rollout.open_stage(cfg, world, engine, chat)
             rollout.collect(missing, stage, seed=f"{cfg.seed}:eval", label="evaluating", on_done=keep)
             engine.close()
-        else:
+        elif not policy:
             play_script(cfg, world, missing[parallel.rank() :: parallel.world_size()], agent, keep)
     parallel.barrier()
     return list(read_episodes(folder).values())
@@ -103,6 +103,7 @@ def open_policy(cfg: config.Evaluation) -> tuple[Qwen3 | None, Chat]:
     chat = open_chat(cfg.model, cfg.dialect)
     chat.check_vocabulary(checkpoint.read_config(cfg.model).vocab_size)
     if cfg.engine == "sglang":
+        sglang.check(cfg, takes_weights=False)
         return None, chat  # the server reads the weights itself
     model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype))
     return model.requires_grad_(False), chat

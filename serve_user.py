@@ -13,10 +13,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import random
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,13 @@ from minitau import checkpoint, config, parallel
 from minitau.chat import Chat
 from minitau.conversations import read_message
 from minitau.engines import open_engine
-from minitau.engines.server import HOST, Server, port_is_taken
+from minitau.engines.server import HOST, Server, healthy, port_is_taken
 from minitau.engines.sglang import DEATHS, ENVIRONMENT, LONG_LIFE, command_line
 from minitau.episode import Action, BadInput, Engine, EngineError, Opening, Sampling
 from minitau.log import run_script
 from minitau.run import open_chat
 
+LOOK_SECONDS = 60.0  # between two looks whether SGLang is well
 NAME = "minitau-user"  # the model's name on the endpoint
 
 
@@ -159,7 +162,7 @@ def serve_sglang(cfg: config.Server) -> None:
         lambda port: sglang_command(cfg, port),
         Path(cfg.log),
         "SGLang",
-        environment={**ENVIRONMENT, **({"CUDA_VISIBLE_DEVICES": ",".join(cfg.gpus)} if cfg.gpus else {})},
+        environment={**ENVIRONMENT, **visible(cfg.gpus)},
         port=cfg.port,
     )
     deaths = 0
@@ -167,13 +170,34 @@ def serve_sglang(cfg: config.Server) -> None:
         while True:
             server.start(cfg.engine_timeout)
             announce(cfg, server.port)
-            while server.alive():
-                time.sleep(1.0)
+            watch(server)
             deaths = 1 if server.age() > LONG_LIFE else deaths + 1
             if deaths == DEATHS:
                 raise EngineError(f"SGLang died {deaths} times in a row; {server.last_words()}")
-            print(f"SGLang died and is started again; {server.last_words()}", flush=True)
+            print(f"SGLang is lost and is started again; {server.last_words()}", flush=True)
             server.close()
+
+
+def watch(server: Server) -> None:
+    """Return once the server is dead, or does not say in time that it is well."""
+    looked = time.monotonic()
+    while server.alive():
+        time.sleep(1.0)
+        if time.monotonic() - looked > LOOK_SECONDS:
+            if not healthy(server.url):
+                return
+            looked = time.monotonic()
+
+
+def visible(gpus: Sequence[str]) -> dict[str, str]:
+    """What shows SGLang these GPUs alone, numbered as they are visible here. Raises BadInput."""
+    if not gpus:
+        return {}
+    here = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = here.split(",") if here else [str(i) for i in range(torch.cuda.device_count())]
+    if bad := [gpu for gpu in gpus if not gpu.isdecimal() or (names and int(gpu) >= len(names))]:
+        raise BadInput(f"--gpus {bad[0]}: there are {len(names)} GPUs here, numbered from 0")
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[int(gpu)] if names else gpu for gpu in gpus)}
 
 
 def sglang_command(cfg: config.Server, port: int) -> list[str]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minitau import batch, checkpoint, config, grpo, parallel, rejection, reward, rollout, sft
 from minitau.curriculum import Curriculum
-from minitau.engines import open_engine
+from minitau.engines import check_engine, open_engine
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory, World
 from minitau.log import Clock, file_sha256, run_script, write_jsonl
@@ -62,6 +62,7 @@ def train_sft(cfg: config.SFT) -> None:
 
 def train_rft(cfg: config.RFT) -> None:
     """Rejection fine-tuning: sample every task, keep the good episodes, SFT on exactly their ids."""
+    check_engine(cfg)
     world = open_world(cfg)
     chosen = for_training(cfg, world, say)
     run = open_run("rft", cfg, **fingerprint(cfg))
@@ -79,6 +80,7 @@ def train_rft(cfg: config.RFT) -> None:
 
 def train_grpo(cfg: config.GRPO) -> None:
     """GRPO: draw tasks, play groups of episodes, compare inside each group, update, sync, repeat."""
+    check_engine(cfg)
     world = open_world(cfg)
     chosen = for_training(cfg, world, say)
     run = open_run("grpo", cfg, **fingerprint(cfg))
@@ -300,13 +302,14 @@ def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Seq
             stage = stage or rollout.open_stage(cfg, world, open_engine(cfg, run.model, run.chat.stop_ids), run.chat)
             clock = Clock()
             with clock.phase("sync"):  # also forgets cached prefixes: a round repeats bit for bit
-                sync(stage.engine, run, cfg, version=0)
+                drift = sync(stage.engine, run, cfg, version=0)
             with clock.phase("rollout"):
                 jobs = rollout.group_jobs(tasks, cfg.samples)
                 played = rollout.collect(jobs, stage, seed=f"{cfg.seed}:rft:{number}", label=f"round {number}")
             if warning := rollout.require_verdicts(played):
                 say(warning)
-            run.log.write({"step": number, **rollout.summary(played), **clock.report()}, ("reward", "partial"))
+            metrics = {"step": number, **rollout.summary(played), **drift, **clock.report()}
+            run.log.write(metrics, ("reward", "partial"))
             if parallel.is_main():
                 path.parent.mkdir(exist_ok=True)
                 write_jsonl(path, (t.to_json() for t in played))

@@ -406,7 +406,7 @@ def out_of_range(name: str, value: Any) -> str:
 
 POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
     "max_new_tokens max_tokens max_turns max_steps max_bad_calls concurrency epochs batch_size samples round_tasks "
-    "steps tasks_per_step updates_per_step max_rounds num_trials micro_batch_tokens save_every keep engine_timeout"
+    "steps tasks_per_step updates_per_step max_rounds num_trials micro_batch_tokens save_every keep engine_timeout tp"
 ).split()
 
 NOT_NEGATIVE = (  # noqa: SIM905  (likewise)
@@ -443,8 +443,11 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
         for name in ("engine_url", "engine_command", "engine_sleep"):
             if values.get(name):
                 raise BadInput(f"--{name.replace('_', '-')} is for --engine sglang")
-    if not 0 < values.get("engine_mem", 0.5) < 1:
-        raise BadInput(f"--engine-mem is {values['engine_mem']}; it must be between 0 and 1")
+    if values.get("engine_url") and values["engine_command"]:
+        raise BadInput("--engine-url names servers that run already; --engine-command has none to start")
+    for name in ("engine_mem", "mem_fraction"):
+        if not 0 < values.get(name, 0.5) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} is {values[name]}; it must be between 0 and 1")
     if isinstance(cfg, (RFT, GRPO)) and cfg.temperature <= 0:
         raise BadInput(f"--temperature is {cfg.temperature}; training samples need a temperature above 0")
     if isinstance(cfg, (RFT, GRPO)) and cfg.max_tokens > cfg.micro_batch_tokens:
@@ -472,6 +475,7 @@ FREE_ON_RESUME = {
     "engine_mem",
     "engine_timeout",
     "engine_sleep",
+    "max_drift",
 }
 
 

@@ -35,13 +35,15 @@ def sync(engine: Engine, run: Run, cfg: config.RFT | config.GRPO, version: int) 
     engine.sync(parallel.FullWeights(run.model, getattr(torch, cfg.dtype)), version)
     if cfg.engine == "local":
         return {}
-    drift = max(parallel.gather(probe(engine, run, cfg, version)))
-    if not drift <= cfg.max_drift:  # so that NaN is caught too
-        raise EngineError(
-            f"after the sync of weights {version} engine and trainer differ by {drift:.3g} nats a token, more than "
-            f"--max-drift {cfg.max_drift:g}: the engine samples from other weights, or in another precision"
-        )
-    return {"sync_drift": drift}
+    drifts = parallel.gather(probe(engine, run, cfg, version))
+    for rank, drift in enumerate(drifts):
+        if not drift <= cfg.max_drift:  # so that NaN is caught too
+            raise EngineError(
+                f"after the sync of weights {version} engine and trainer of rank {rank} differ by {drift:.3g} nats a "
+                f"token: the engine samples from other weights, or in another precision. If you know that it is "
+                f"precision, go on with a larger --max-drift ({cfg.max_drift:g}) and --resume"
+            )
+    return {"sync_drift": max(drifts)}
 
 
 @torch.no_grad()

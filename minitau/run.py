@@ -123,7 +123,6 @@ def update(
     """
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    run.optimizer.zero_grad()
     sums: dict[str, Tensor] = {}
     for mb in mbs:
         loss, shown = loss_of(mb)
@@ -135,6 +134,7 @@ def update(
         run.optimizer.step()
     else:
         say("a gradient was not finite: this step is skipped")
+    run.optimizer.zero_grad()  # now: until the next update an engine on the same GPU can use the memory
     totals = parallel.sum_over_ranks({name: float(value) for name, value in sums.items()})
     n = max(1.0, totals.pop("n"))
     means = {name: value if name == "loss" else value / n for name, value in totals.items()}

@@ -3,8 +3,10 @@
     python tests/fake_sglang.py --model-path DIR --port 30000 [--load-format dummy] [...]
 
 A real process with real HTTP and real tensors by handle; only what computes is ours. What it accepts, refuses and
-replies is what SGLang 0.5 was seen to accept, refuse and reply. For a test's sake the environment may ask for
-trouble: FAKE_SGLANG_DIES=N ends it after N replies, in each of its lives; FAKE_SGLANG_NEVER_STARTS=1 at once.
+replies is what SGLang 0.5 was seen to, and so is what kills it: ids outside the vocabulary, a tensor of another shape,
+memory that is released twice or under a request. (A name that it does not know does not.) For a test's sake the
+environment may ask for trouble: FAKE_SGLANG_DIES=N ends it after N replies, in each of its lives, on every rank or on
+that of FAKE_SGLANG_RANK; FAKE_SGLANG_NEVER_STARTS=1 at once.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import os
 import pickle
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -40,6 +43,8 @@ class Fake:
         self.args, self.version, self.asleep = args, "default", False
         self.engines, self.lock, self.replies = {}, threading.Lock(), itertools.count(1)
         self.running, self.aborted = set(), set()
+        mine = os.environ.get("FAKE_SGLANG_RANK", args.random_seed) == args.random_seed  # seed 0 and rank
+        self.dies_after = int(os.environ.get("FAKE_SGLANG_DIES", 0)) if mine else 0
 
     def engine(self, stop_ids):
         with self.lock:
@@ -51,11 +56,15 @@ class Fake:
 
     def generate(self, body):
         params, name = body["sampling_params"], body["rid"]
-        assert body["return_logprob"] is True and not self.asleep
+        assert body["return_logprob"] is True
+        while self.asleep:  # such a request hangs until the memory is back
+            time.sleep(0.05)
         if len(body["input_ids"]) >= self.args.context_length:
             raise ValueError(f"The input ({len(body['input_ids'])} tokens) is longer than the model's context length")
         sampling = Sampling(params["temperature"], 1)
         ids, logprobs, finish = list(body["input_ids"]), [], {"type": "length", "length": params["max_new_tokens"]}
+        if not body["input_ids"] or not max(body["input_ids"]) < self.model.cfg.vocab_size:
+            os._exit(9)
         self.running.add(name)
         engine = self.engine(frozenset(params["stop_token_ids"]))
         while len(logprobs) < params["max_new_tokens"]:
@@ -72,7 +81,8 @@ class Fake:
                 break
         output = ids[len(body["input_ids"]) :]
         pairs = [[logprob, token, None] for logprob, token in zip(logprobs, output)]
-        if next(self.replies) == int(os.environ.get("FAKE_SGLANG_DIES", 0)):
+        self.running.discard(name)
+        if next(self.replies) == self.dies_after:
             os._exit(9)
         meta = {"id": name, "finish_reason": finish, "output_token_logprobs": pairs, "weight_version": self.version}
         return {"text": "", "output_ids": output, "meta_info": meta}
@@ -82,7 +92,12 @@ class Fake:
         named = pickle.loads(base64.b64decode(payload))
         own = dict(self.model.named_parameters())
         for name, tensor in named:
-            own[name].copy_(tensor)
+            if name not in own:
+                print(f"Parameter {name} not found in params_dict", flush=True)
+            elif own[name].shape != tensor.shape:
+                os._exit(9)
+            else:
+                own[name].copy_(tensor)
         if body["flush_cache"]:
             self.flush()
         self.version = body["weight_version"]
@@ -99,7 +114,8 @@ class Fake:
 
     def memory(self, asleep):
         assert self.args.enable_memory_saver, "SGLang was not started with --enable-memory-saver"
-        assert self.asleep != asleep, "the memory is as it was asked to be"
+        if self.asleep == asleep or (asleep and self.running):
+            os._exit(9)
         self.asleep = asleep
 
     def answer(self, path, body):

@@ -28,7 +28,7 @@ STOP = frozenset({0, 1, 2, 3, 4})  # of 97 tokens: most replies of up to 12 toke
 SLOTS = 6  # so that the tests with more sessions evict
 TOLERANCE = 1e-4
 SOFT = Sampling(temperature=0.7, max_new_tokens=12)
-PATIENCE_OF_THE_TEST = 10.0  # seconds until a waiting thread counts as forgotten
+PATIENCE_OF_THE_TEST = 60.0  # seconds until a waiting thread counts as forgotten
 
 
 @pytest.fixture(scope="module")

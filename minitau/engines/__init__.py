@@ -7,17 +7,23 @@ from typing import Any
 import torch
 
 from minitau import parallel
+from minitau.engines import sglang
 from minitau.engines.local import LocalEngine
-from minitau.engines.sglang import open_sglang
 from minitau.episode import Engine
 from minitau.model import Qwen3
+
+
+def check_engine(cfg: Any) -> None:
+    """Raise BadInput for an engine that a training stage cannot have here, before anything is claimed or loaded."""
+    if cfg.engine == "sglang":
+        sglang.check(cfg, takes_weights=True)
 
 
 def open_engine(cfg: Any, model: Qwen3 | None, stop_ids: frozenset[int]) -> Engine:
     """The engine that `cfg.engine` names. It holds no weights of use before its first sync, unless it reads
     the plain (unsharded) model's own, or is an SGLang server without a `model`: then those in cfg.model."""
     if cfg.engine == "sglang":
-        return open_sglang(cfg, stop_ids, takes_weights=model is not None)
+        return sglang.open_sglang(cfg, stop_ids, takes_weights=model is not None)
     if parallel.is_sharded(model):
         dtype = getattr(torch, cfg.dtype)
         with torch.device("meta"):

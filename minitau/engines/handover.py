@@ -15,20 +15,23 @@ import torch
 import torch.multiprocessing  # teaches ForkingPickler to pass tensors by handle
 from torch import Tensor
 
-BUCKET_BYTES = 1 << 30  # each bucket costs a request of some 3 ms; 1 GiB holds the embedding of a 4B model
+# Each bucket costs a request of some 3 ms; 1 GiB holds the embedding of a 4B model. Shared memory is dearer.
+BUCKET_BYTES = {"cuda": 1 << 30, "cpu": 1 << 24}
 ALIGN = 256  # bytes
 
 NamedTensors = list[tuple[str, Tensor]]
 
 
 def buckets(
-    weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device, size: int = BUCKET_BYTES
+    weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device, size: int = 0
 ) -> Iterator[tuple[NamedTensors, bool]]:
-    """([(name, tensor), ...], is it the last?) of at most `size` bytes, or of one tensor that is larger.
+    """([(name, tensor), ...], is it the last?) of at most `size` bytes (0: what suits the device), or of one tensor
+    that is larger.
 
     Names and shapes are those of `weights`, in order. The tensors are views of one buffer, good only until the
     next bucket is asked for.
     """
+    size = size or BUCKET_BYTES[device.type]
     buffer = torch.empty(0, dtype=dtype, device=device)
     bucket: NamedTensors = []
     used = 0

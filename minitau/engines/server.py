@@ -26,18 +26,25 @@ from minitau.log import progress_bar
 
 HOST = "127.0.0.1"
 KEEPER = Path(__file__).with_name("keeper.py")
+FIRST_PORT = 20_000  # below those that systems give away by themselves
 LAST_LINES = 12  # of a log, shown when its server died
+LOG_BYTES = 1 << 16  # of the log's end, which may be long
 HEALTH_SECONDS = 30.0  # a server that is busy answers /health late, but it answers
 END_SECONDS = 15.0  # for a server to end after it was asked to; more than the keeper's grace
 # What torchrun says to its ranks is not for servers: they would take it for their own.
 NOT_FOR_SERVERS = ("RANK", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "LOCAL_", "TORCHELASTIC_", "OMP_NUM_THREADS")
+NOT_FOR_SERVERS += ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # nor what suits the trainer's memory
 
 
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback goes through no proxy
 
 
 class NoAnswer(Exception):
-    """A server did not answer, or not in time: it may be dead."""
+    """A server did not answer, or not in time (`late`): it may be dead."""
+
+    def __init__(self, said: str, late: bool):
+        super().__init__(said)
+        self.late = late
 
 
 class Refused(Exception):
@@ -61,7 +68,8 @@ def request(url: str, body: Any = None, *, timeout: float) -> Any:
     except urllib.error.HTTPError as error:
         raise Refused(error.code, error.read().decode("utf-8", "replace")) from None
     except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut in half
-        raise NoAnswer(f"{type(error).__name__}: {error}") from None
+        reason = getattr(error, "reason", error)  # urllib wraps what happens before the request is out
+        raise NoAnswer(f"{type(reason).__name__}: {reason}", isinstance(reason, TimeoutError)) from None
     try:
         return json.loads(said) if said else None
     except ValueError:
@@ -77,11 +85,10 @@ def healthy(url: str) -> bool:
     return True
 
 
-def free_port() -> int:
-    """A port that nobody listens on now. Another process may take it first; then the server dies, and says so."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+def free_port(first: int = FIRST_PORT) -> int:
+    """The first port from `first` on that nobody listens on now. Another process may take it before the server
+    does; then the server dies, and says so."""
+    return next(port for port in range(first, 65_536) if not port_is_taken(port))
 
 
 def port_is_taken(port: int) -> bool:
@@ -101,7 +108,8 @@ class Server:
     """One server, which may be started again and again.
 
     command: makes the command line for a port. log: file that it writes to, appended to. name: for people.
-    environment: what it gets beside this process's. port: the one to take; 0 finds a free one at each start.
+    environment: what it gets beside this process's. port: the one to take; 0 finds one at each start that is free,
+    from `first_port` on.
     """
 
     def __init__(
@@ -112,10 +120,12 @@ class Server:
         *,
         environment: dict[str, str] | None = None,
         port: int = 0,
+        first_port: int = FIRST_PORT,
     ):
         self.command, self.log, self.name = command, log, name
         self.environment = environment or {}
         self.wanted_port = self.port = port
+        self.first_port = first_port
         self.process: subprocess.Popen | None = None
         self.started = time.monotonic()
 
@@ -128,7 +138,7 @@ class Server:
 
         Raises EngineError with the last lines of its log if it dies or does not become healthy.
         """
-        self.port = self.wanted_port or free_port()
+        self.port = self.wanted_port or free_port(self.first_port)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(NOT_FOR_SERVERS)}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "a", encoding="utf-8") as file:
@@ -167,7 +177,9 @@ class Server:
     def last_words(self) -> str:
         """Where its log is, and the end of it in one line."""
         try:
-            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+            with open(self.log, "rb") as file:
+                file.seek(max(0, self.log.stat().st_size - LOG_BYTES))
+                lines = file.read().decode("utf-8", "replace").splitlines()
         except OSError:
             lines = []
         words = [line.strip() for line in lines if line.strip(" ^~")][-LAST_LINES:]

@@ -10,7 +10,6 @@ no episode notices. Weights go as CUDA IPC handles (shared memory on a CPU) to a
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import itertools
 import shlex
@@ -28,7 +27,7 @@ from torch import Tensor
 from minitau import parallel
 from minitau.checkpoint import read_config
 from minitau.engines.handover import buckets, serialize
-from minitau.engines.server import HOST, NoAnswer, Refused, Server, healthy, request
+from minitau.engines.server import FIRST_PORT, HOST, NoAnswer, Refused, Server, healthy, request
 from minitau.episode import BadInput, Completion, EngineError, Sampling
 
 DEATHS = 3  # in a row: then the server is not started again
@@ -40,6 +39,8 @@ CONTEXT_SLACK = 8  # tokens beyond our own limit, so that the server's never cut
 # A tiny model's config may name fewer positions than it is asked for; RoPE has no such limit.
 ENVIRONMENT = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
 RESTARTED = "a server was started anew"
+TOO_SLOW = "; it is healthy, so the reply only takes longer: raise --engine-timeout"
+PORTS_A_RANK = 100
 
 
 class SGLangEngine:
@@ -71,6 +72,7 @@ class SGLangEngine:
         self.dtype, self.timeout, self.takes_weights = dtype, timeout, takes_weights
         self.sleeps, self.asleep = sleeps, False
         self.version = 0
+        self.loaded = ""  # the server's name for weights that it was told to load
         self.weights: Iterable[tuple[str, Tensor]] | None = None  # of the last sync
         self.changed = threading.Condition()
         self.life = 0  # counts the server's starts: who lost a request says in which life
@@ -113,7 +115,7 @@ class SGLangEngine:
             "logprob_start_len": -1,
         }
         version = self.version  # weights never change under a request
-        return read_completion(self.ask(body), version if self.takes_weights else None)
+        return read_completion(self.ask(body), version, str(version) if self.takes_weights else self.loaded)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Hand `weights` over; all ranks together. Iterated again if a server must be started anew.
@@ -139,11 +141,14 @@ class SGLangEngine:
                 return
 
     def tend(self) -> None:
-        """Bring the weights to servers that were started anew, on whatever rank: they need all ranks' shards."""
+        """Bring the weights to servers that were started anew, on whatever rank: they need all ranks' shards.
+
+        Raises EngineError once there is no server any more, so that nobody plays on without one.
+        """
+        if self.given_up:
+            raise EngineError(self.given_up)
         if parallel.announced(RESTARTED) and (problem := self.hand_over()):
-            with contextlib.suppress(EngineError):  # whoever waits for the server is told
-                self.mend(problem)
-                parallel.announce(RESTARTED)
+            self.lost(self.life, problem)
 
     def sleep(self) -> None:
         """Give the KV cache's memory back until the next sync, if the engine was opened to do so. Until then
@@ -189,12 +194,15 @@ class SGLangEngine:
             except NoAnswer as error:
                 if self.given_up:
                     raise EngineError(self.given_up) from None
-                if self.server:
+                well = (not self.server or self.server.alive()) and healthy(self.url)
+                if self.server and not well:
                     self.lost(life, str(error))
-                elif attempt >= TRIES:
-                    raise EngineError(f"no answer from {self.url}: {error}") from None
-                else:
-                    time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
+                    continue
+                if well:
+                    self.control("abort_request", {"rid": name})  # or it would run on there
+                if attempt >= TRIES or (well and error.late):
+                    raise EngineError(f"no answer from {self.url} ({error}){TOO_SLOW if well else ''}") from None
+                time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
             finally:
                 with self.changed:
                     self.asking.discard(name)
@@ -211,9 +219,9 @@ class SGLangEngine:
             return self.life
 
     def lost(self, life: int, why: str) -> None:
-        """A request of `life` did not come back. Whoever notices first starts the server again, the others wait.
+        """The server of `life` is dead or hangs. Whoever notices first starts it again, the others wait.
 
-        Raises EngineError if the server is well and only this request was slow.
+        Raises EngineError if it cannot be started, or not any more.
         """
         with self.changed:
             if self.mending:
@@ -222,8 +230,6 @@ class SGLangEngine:
                 return
             self.mending = True
         try:
-            if self.server.alive() and healthy(self.url):
-                raise EngineError(f"no reply ({why}), though the server is healthy; a larger --engine-timeout may help")
             self.mend(why)
             if self.takes_weights:
                 parallel.announce(RESTARTED)
@@ -239,7 +245,7 @@ class SGLangEngine:
         """
         if self.given_up or not self.server:
             return self.give_up(f"{self.url} takes no weights: {why}")
-        if self.server.age() > LONG_LIFE:
+        if self.server.age() > LONG_LIFE + self.timeout:  # (a server that hangs is noticed so much later)
             self.deaths = 0
         with self.changed:
             self.ready = False
@@ -250,6 +256,7 @@ class SGLangEngine:
             if self.deaths >= DEATHS:
                 return self.give_up(f"{self.server.name} died {self.deaths} times in a row: {why}; {words}")
             print(f"{self.server.name} is lost ({why}) and is started again; {words}", flush=True)
+            torch.cuda.empty_cache()  # a server takes its part of what is free
             try:
                 self.server.start(self.timeout, shown=False)
             except EngineError as error:
@@ -274,7 +281,9 @@ class SGLangEngine:
 
         All ranks iterate the weights to the end, whether they send or not: each holds a part of them.
         """
-        needed, problem, sent = not self.ready and not self.given_up, "", 0
+        with self.changed:  # (while a server is being started, its weights are announced afterwards)
+            needed = not (self.ready or self.mending or self.given_up)
+        problem, sent = "", 0
         for tensors, last in buckets(self.weights, self.dtype, parallel.device()):
             sent += len(tensors)
             if not needed or problem:
@@ -298,7 +307,8 @@ class SGLangEngine:
     def load(self, model_dir: str) -> None:
         """Make a server that is not ours sample from the model in a directory. Raises EngineError."""
         try:
-            body = {"model_path": str(Path(model_dir).resolve()), "flush_cache": True}
+            self.loaded = f"disk-{uuid.uuid4().hex}"  # no number: a training run on that server must notice
+            body = {"model_path": str(Path(model_dir).resolve()), "flush_cache": True, "weight_version": self.loaded}
             request(f"{self.url}/update_weights_from_disk", body, timeout=self.timeout)
         except (NoAnswer, Refused) as error:
             raise EngineError(f"{self.url} could not load {model_dir}: {error}") from None
@@ -311,34 +321,33 @@ class SGLangEngine:
             print(f"{self.url}/{what}: {error}", flush=True)
 
 
-def read_completion(reply: dict[str, Any], version: int | None) -> Completion:
-    """A Completion from what /generate replies.
+def read_completion(reply: dict[str, Any], version: int, name: str) -> Completion:
+    """A Completion from what /generate replies, sampled from weights `version`.
 
-    version: that the server's weights must have; None if they are its own. Raises EngineError if they have another,
-    for an aborted request, or for a reply of another form.
+    name: what the server must call its weights; '' if it does not matter. Raises EngineError if it calls them
+    otherwise, for an aborted request, or for a reply of another form.
     """
     try:
         meta = reply["meta_info"]
         reason = meta["finish_reason"]
         if reason["type"] not in ("stop", "length"):
             raise EngineError(f"the server gave up a request: {reason.get('message', reason['type'])}")
-        if version is not None and meta["weight_version"] != str(version):
-            raise EngineError(f"the server's weights are {meta['weight_version']}, not {version}: who else sends some?")
+        if name and meta["weight_version"] != name:
+            raise EngineError(f"the server's weights are {meta['weight_version']}, not {name}: who else sends some?")
         pairs = [(int(token), float(logprob)) for logprob, token, _ in meta["output_token_logprobs"]]
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"the server's reply cannot be read ({type(error).__name__}: {error})") from None
     if not pairs:
         raise EngineError("the server replied without a single token")
-    return Completion(tuple(i for i, _ in pairs), tuple(p for _, p in pairs), reason["type"], version or 0)
+    return Completion(tuple(i for i, _ in pairs), tuple(p for _, p in pairs), reason["type"], version)
 
 
 def open_sglang(cfg: Any, stop_ids: Iterable[int], takes_weights: bool) -> SGLangEngine:
     """The engine of this rank, as `cfg` (config.Episodes, with `model`, `dtype` and `out`) says.
 
-    Without takes_weights the server samples from the model in cfg.model. Raises BadInput, EngineError.
+    Without takes_weights the server samples from the model in cfg.model. Raises EngineError, and what check does.
     """
-    if parallel.device().type == "cuda" and cfg.dtype == "float32":
-        raise BadInput("SGLang's CUDA kernels compute in half precision only: --engine sglang needs --dtype bfloat16")
+    check(cfg, takes_weights)
     urls, server = cfg.engine_url, None
     if not urls:
         server = Server(
@@ -346,9 +355,8 @@ def open_sglang(cfg: Any, stop_ids: Iterable[int], takes_weights: bool) -> SGLan
             Path(cfg.out) / f"engine-{parallel.rank()}.log",
             f"SGLang of rank {parallel.rank()}",
             environment=ENVIRONMENT,
+            first_port=FIRST_PORT + PORTS_A_RANK * parallel.rank(),
         )
-    elif takes_weights and len(urls) != parallel.world_size():
-        raise BadInput(f"--engine-url names {len(urls)} servers; each of {parallel.world_size()} ranks needs its own")
     engine = SGLangEngine(
         server,
         stop_ids,
@@ -363,6 +371,19 @@ def open_sglang(cfg: Any, stop_ids: Iterable[int], takes_weights: bool) -> SGLan
     if urls and not takes_weights:
         engine.load(cfg.model)
     return engine
+
+
+def check(cfg: Any, takes_weights: bool) -> None:
+    """Raise BadInput for settings with which no server can be had. Costs nothing: ask before a folder is claimed."""
+    if parallel.device().type == "cuda" and cfg.dtype == "float32":
+        raise BadInput("SGLang's CUDA kernels compute in half precision only: --engine sglang needs --dtype bfloat16")
+    if bad := [url for url in cfg.engine_url if not url.startswith("http://")]:
+        raise BadInput(f"--engine-url {bad[0]}: http://HOST:PORT is needed")
+    if takes_weights and cfg.engine_url and len(cfg.engine_url) != parallel.world_size():
+        count = f"{len(cfg.engine_url)} servers; each of {parallel.world_size()} ranks needs its own"
+        raise BadInput(f"--engine-url names {count}")
+    if not cfg.engine_url:
+        launch_command(cfg, 0, takes_weights)
 
 
 def launch_command(cfg: Any, port: int, takes_weights: bool) -> list[str]:
@@ -387,11 +408,16 @@ def launch_command(cfg: Any, port: int, takes_weights: bool) -> list[str]:
 
 
 def command_line(start: str, flags: dict[str, Any], switches: Sequence[str]) -> list[str]:
-    """`start`, or this Python's SGLang, with flags. Raises BadInput if SGLang is not installed."""
+    """`start`, or this Python's SGLang, with those of the flags that `start` does not hold already.
+
+    Raises BadInput if SGLang is not installed.
+    """
     if not start and importlib.util.find_spec("sglang") is None:
         raise BadInput(
             "SGLang is not installed: pip install -r requirements-gpu.txt, say with --engine-command how it is started "
             "(PYTHON -m sglang.launch_server), or take --engine local"
         )
     words = shlex.split(start) or [sys.executable, "-m", "sglang.launch_server"]
-    return [*words, *(str(word) for pair in flags.items() for word in pair), *switches]
+    theirs = {word.partition("=")[0] for word in words}
+    ours = [(flag, str(value)) for flag, value in flags.items() if flag not in theirs]
+    return [*words, *(word for pair in ours for word in pair), *(each for each in switches if each not in theirs)]
