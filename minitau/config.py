@@ -166,7 +166,7 @@ class GRPO(Training, Episodes):
     sequence_low: float = setting(0.5, "trajectories whose mean trainer/engine ratio is lower are masked")
     sequence_high: float = setting(2.0, "trajectories whose mean trainer/engine ratio is higher are masked")
     engine_round: int = setting(
-        0, "a control: the local engine samples from weights rounded to this many bits, so that it drifts; 0 leaves them"
+        0, "a control: the local engine samples from weights rounded to so many bits, so that it drifts; 0 leaves them"
     )
     engine_sleep: bool = setting(False, "sglang: give the KV cache's memory to the trainer while it trains")
     lr: float = setting(1e-6, "learning rate of AdamW, constant")
@@ -447,7 +447,7 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
     elif values.get("engine_round"):
         raise BadInput("--engine-round is for --engine local")
     if values.get("engine_round") == 1:
-        raise BadInput("--engine-round is 1; one bit holds nothing but a sign, take 2 or more, or 0 to leave weights alone")
+        raise BadInput("--engine-round is 1, which rounds every weight to nothing; take 2 or more, or 0 to leave them")
     if not 0 < values.get("engine_mem", 0.5) < 1:
         raise BadInput(f"--engine-mem is {values['engine_mem']}; it must be between 0 and 1")
     if isinstance(cfg, (RFT, GRPO)) and cfg.temperature <= 0:

@@ -139,12 +139,16 @@ def identity(cfg: Sizes, *leave_out: str) -> dict[str, Any]:
 
     Raises BadInput if there is no model to start from.
     """
-    base = ROOT / cfg.base
-    if not (base / "config.json").is_file():
-        raise BadInput(f"{base} holds no model (there is no config.json in it); choose another --base")
-    weights = {path.name: file_sha256(path) for path in sorted(base.glob("*.safetensors"))}
+    hashes = weights(ROOT / cfg.base, "--base")
     kept = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("resume", *leave_out)}
-    return json.loads(json.dumps({**kept, "flags": FLAGS, "weights": weights}))
+    return json.loads(json.dumps({**kept, "flags": FLAGS, "weights": hashes}))
+
+
+def weights(model: Path, flag: str) -> dict[str, str]:
+    """What a model's files of weights hold, by name. Raises BadInput, which names `flag`, if there is no model."""
+    if not (model / "config.json").is_file():
+        raise BadInput(f"{model} holds no model (there is no config.json in it); choose another {flag}")
+    return {path.name: file_sha256(path) for path in sorted(model.glob("*.safetensors"))}
 
 
 def claim(out: Path, marker: str, identity: dict[str, Any], resume: bool) -> None:

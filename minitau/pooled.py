@@ -54,7 +54,7 @@ def pooled(stage: str, by_seed: BySeed) -> list[dict[str, Any]]:
 def gain(before: BySeed, after: BySeed, stage: str) -> dict[str, Any]:
     """How far `after`'s pass@1 is above that of `before`, which is called `stage`, over the seeds that have both.
 
-    ci95 is over tasks, each with the trials of every seed; how much seeds differ, `by_seed` shows, and it does not know.
+    ci95 is over tasks, each with the trials of every seed; it does not know how much seeds differ, which by_seed shows.
     """
     seeds = [seed for seed in before if seed in after]
 

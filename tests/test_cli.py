@@ -5,6 +5,7 @@ minutes); one case goes through a real shell command.
 """
 
 import functools
+import itertools
 import json
 import re
 import shlex
@@ -20,7 +21,7 @@ import pytest
 import eval as evaluation
 import serve_user
 import train
-from minitau import config, demo, study, tiny
+from minitau import ablate, config, demo, plot, study, tiny, view
 from minitau.base import pretrain
 from minitau.log import run_script, whole_lines
 
@@ -202,6 +203,11 @@ def test_tau2_that_is_not_there(tmp_path, tiny_dir):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install" in done.stderr, done.stderr
 
 
+def after_the_folders(kind):
+    """Parses the flags of a script that takes folders before them."""
+    return lambda words: config.parse(kind, "", "", list(itertools.dropwhile(lambda w: not w.startswith("-"), words)))
+
+
 SCRIPTS = {
     "train.py": config.parse_stage,
     "eval.py": functools.partial(config.parse, config.Evaluation, "eval.py", ""),
@@ -210,6 +216,9 @@ SCRIPTS = {
     "minitau.sft --check": functools.partial(config.parse, config.Check, "minitau.sft", ""),
     "minitau.tasks": functools.partial(config.parse, config.Listing, "minitau.tasks", ""),
     "minitau.tiny": functools.partial(config.parse, tiny.Tiny, "minitau.tiny", ""),
+    "minitau.view": after_the_folders(view.View),
+    "minitau.plot": after_the_folders(plot.Plot),
+    "minitau.ablate": functools.partial(config.parse, ablate.Ablations, "minitau.ablate", ""),
     "minitau.study": functools.partial(config.parse, study.Study, "minitau.study", ""),
     "minitau.demo": functools.partial(config.parse, demo.Demo, "minitau.demo", ""),
     "minitau.base.pretrain": functools.partial(config.parse, pretrain.Pretrain, "minitau.base.pretrain", ""),
@@ -235,5 +244,7 @@ def test_every_command_in_the_readme_has_flags_that_exist():
     for script, flags in found:
         if script.startswith("benchmarks/"):
             assert (ROOT / script).is_file()
+        elif script == "pytest":
+            assert (ROOT / flags[0]).is_file()
         else:
             SCRIPTS[script](flags)
