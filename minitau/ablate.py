@@ -30,7 +30,7 @@ from minitau.pooled import episodes_played, gain, pooled
 MARKER = ".minitau-ablate"
 OWN = demo.Demo()  # sizes and seed of a pipeline that has to be made
 # About how long one core takes: seconds of an episode in training and in evaluation; of SFT and RFT in all.
-TRAIN, EVALUATE, PIPELINE = 0.08, 0.05, 400.0
+TRAIN, EVALUATE, PIPELINE = 0.11, 0.06, 700.0
 TEST_TASKS = 64  # of a domain
 
 

@@ -58,7 +58,8 @@ SETTINGS = (
         "dialect: single-call",
         start="single-call",
         dialect="single-call",
-        note="has an SFT and an RFT of its own, made once: what chance did to them counts here as the dialect's",
+        note="has an SFT and an RFT of its own, made once: what chance did to them counts here as the dialect's, and "
+        "so does that the base model in the repository has met native calls only",
     ),
     Setting(
         "rft",
@@ -112,7 +113,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], command: str) -> str:
     lines = [head, ["---"] * len(head)]
     lines += [cells(row) for row in rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    notes = [f"* {row['label']}: {by_name(row['setting']).note}." for row in rows if by_name(row["setting"]).note]
+    notes = [f"* *{row['label']}* {by_name(row['setting']).note}." for row in rows if by_name(row["setting"]).note]
     drifts = [f"{row['label']} {row['drift']:.2g}" for row in rows if row["group"] in ("default", "importance")]
     if drifts:
         notes.append(f"* Mean drift between engine and trainer, in nats a token: {', '.join(drifts)}.")
