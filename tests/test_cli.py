@@ -5,7 +5,6 @@ minutes); one case goes through a real shell command.
 """
 
 import functools
-import itertools
 import json
 import re
 import shlex
@@ -203,11 +202,6 @@ def test_tau2_that_is_not_there(tmp_path, tiny_dir):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install" in done.stderr, done.stderr
 
 
-def after_the_folders(kind):
-    """Parses the flags of a script that takes folders before them."""
-    return lambda words: config.parse(kind, "", "", list(itertools.dropwhile(lambda w: not w.startswith("-"), words)))
-
-
 SCRIPTS = {
     "train.py": config.parse_stage,
     "eval.py": functools.partial(config.parse, config.Evaluation, "eval.py", ""),
@@ -216,13 +210,19 @@ SCRIPTS = {
     "minitau.sft --check": functools.partial(config.parse, config.Check, "minitau.sft", ""),
     "minitau.tasks": functools.partial(config.parse, config.Listing, "minitau.tasks", ""),
     "minitau.tiny": functools.partial(config.parse, tiny.Tiny, "minitau.tiny", ""),
-    "minitau.view": after_the_folders(view.View),
-    "minitau.plot": after_the_folders(plot.Plot),
     "minitau.ablate": functools.partial(config.parse, ablate.Ablations, "minitau.ablate", ""),
     "minitau.study": functools.partial(config.parse, study.Study, "minitau.study", ""),
     "minitau.demo": functools.partial(config.parse, demo.Demo, "minitau.demo", ""),
     "minitau.base.pretrain": functools.partial(config.parse, pretrain.Pretrain, "minitau.base.pretrain", ""),
+    "minitau.view": lambda words: config.parse(view.View, "minitau.view", "", behind_folders(words)),
+    "minitau.plot": lambda words: config.parse(plot.Plot, "minitau.plot", "", behind_folders(words)),
 }
+NOT_OURS = ("pytest", "sglang.launch_server")
+
+
+def behind_folders(words):
+    """The flags, which follow the folders there."""
+    return words[next((i for i, word in enumerate(words) if word.startswith("-")), len(words)) :]
 
 
 def readme_commands():
@@ -242,9 +242,9 @@ def test_every_command_in_the_readme_has_flags_that_exist():
     found = list(readme_commands())
     assert len(found) > 15
     for script, flags in found:
+        if script in NOT_OURS:
+            continue
         if script.startswith("benchmarks/"):
             assert (ROOT / script).is_file()
-        elif script == "pytest":
-            assert (ROOT / flags[0]).is_file()
         else:
             SCRIPTS[script](flags)
