@@ -90,7 +90,7 @@ def train_grpo(cfg: config.GRPO) -> None:
         curriculum.load_state_dict(run.state["curriculum"])
     episodes = run.state["episodes"] if run.state else 0
     reference = open_reference(cfg) if cfg.kl else None
-    engine = open_engine(cfg, run.model, run.chat.stop_ids)
+    engine = open_engine(cfg, run.model, run.chat.stop_ids, cfg.engine_round)
     stage = rollout.open_stage(cfg, world, engine, run.chat)
     sync(engine, run, cfg, version=run.step)
     run.log.start("GRPO", cfg.steps, run.step)

@@ -165,6 +165,9 @@ class GRPO(Training, Episodes):
     importance_cap: float = setting(2.0, "cap of the trainer/engine importance weight; 0 turns it off")
     sequence_low: float = setting(0.5, "trajectories whose mean trainer/engine ratio is lower are masked")
     sequence_high: float = setting(2.0, "trajectories whose mean trainer/engine ratio is higher are masked")
+    engine_round: int = setting(
+        0, "a control: the local engine samples from weights rounded to so many bits, so that it drifts; 0 leaves them"
+    )
     engine_sleep: bool = setting(False, "sglang: give the KV cache's memory to the trainer while it trains")
     lr: float = setting(1e-6, "learning rate of AdamW, constant")
     weight_decay: float = setting(0.1, "of AdamW")
@@ -411,7 +414,7 @@ POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
 
 NOT_NEGATIVE = (  # noqa: SIM905  (likewise)
     "lr weight_decay max_grad_norm warmup alpha clip_low clip_high entropy kl importance_cap sequence_low "
-    "sequence_high min_partial max_refused tasks episodes patience temperature user_temperature max_drift"
+    "sequence_high min_partial max_refused tasks episodes patience temperature user_temperature max_drift engine_round"
 ).split()
 
 NOT_EMPTY = ("user_model",)
@@ -443,6 +446,10 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
         for name in ("engine_url", "engine_command", "engine_sleep"):
             if values.get(name):
                 raise BadInput(f"--{name.replace('_', '-')} is for --engine sglang")
+    elif values.get("engine_round"):
+        raise BadInput("--engine-round is for --engine local")
+    if values.get("engine_round") == 1:
+        raise BadInput("--engine-round is 1, which rounds every weight to nothing; take 2 or more, or 0 to leave them")
     if values.get("engine_url") and values["engine_command"]:
         raise BadInput("--engine-url names servers that run already; --engine-command has none to start")
     for name in ("engine_mem", "mem_fraction"):

@@ -23,9 +23,9 @@ from minitau.config import setting
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory
 from minitau.log import file_sha256, run_script, whole_lines
+from minitau.parts import ROOT, end
 from minitau.tasks import FLOORS
 
-ROOT = Path(__file__).resolve().parent.parent
 MARKER = ".minitau-demo"  # says that a folder is a demo's
 
 # What each stage adds to its script's defaults; sizes are flags of the demo's own.
@@ -40,7 +40,6 @@ FLAGS = {
     f"--no-screen {COMMON}",
     "eval": "--temperature 1 --num-trials 4",
 }
-PATIENCE = 20.0  # seconds that an interrupted script gets to end by itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,20 +93,29 @@ def train(cfg: Demo, name: str, stage: str, model: Path, *flags: str, script: Se
     """Train one stage in OUT/name unless that is done; the model it made."""
     out = folder(cfg) / name
     if not (out / "model").is_dir():
-        places = ("--stage", stage, "--model", str(model), "--out", str(out), "--resume")
-        run(*script, *places, *flags, *FLAGS[stage].split(), "--seed", str(cfg.seed))
+        run(*script, *train_flags(stage, model, out, cfg.seed, *flags))
     return out / "model"
+
+
+def train_flags(stage: str, model: Path, out: Path, seed: int | str, *flags: str) -> list[str]:
+    """What train.py is told: the demo's settings of a stage, unless `flags` say otherwise."""
+    places = ["--stage", stage, "--model", str(model), "--out", str(out), "--resume"]
+    return [*places, *FLAGS[stage].split(), "--seed", str(seed), *flags]
 
 
 def evaluate(cfg: Demo, name: str, *flags: str) -> list[dict[str, Any]]:
     """Evaluate on held-out tasks in OUT/eval-name unless that is done; the table's rows."""
     out = folder(cfg) / f"eval-{name}"
     if not (out / "results.json").is_file():
-        size = ("--tasks", str(cfg.tasks), "--seed", str(cfg.seed))
-        places = ("--stage", name, "--out", str(out), "--resume")
-        # The floors have rows of their own, once for all stages.
-        run("eval.py", *places, "--no-floors", *FLAGS["eval"].split(), *size, *flags)
+        run("eval.py", *eval_flags(name, out, cfg.tasks, cfg.seed, *flags))
     return json.loads((out / "results.json").read_text())
+
+
+def eval_flags(name: str, out: Path, tasks: int, seed: int | str, *flags: str) -> list[str]:
+    """What eval.py is told: the demo's settings of an evaluation whose row is called `name`."""
+    places = ["--stage", name, "--out", str(out), "--resume"]
+    # The floors have rows of their own, once for all stages.
+    return [*places, "--no-floors", *FLAGS["eval"].split(), "--tasks", str(tasks), "--seed", str(seed), *flags]
 
 
 def run(*command: str) -> None:
@@ -123,16 +131,6 @@ def run(*command: str) -> None:
         raise BadInput(f"the step above ended with status {status}; the same command goes on from there")
 
 
-def end(process: subprocess.Popen) -> None:
-    """Wait for a script that is being interrupted as we are; if it is not, ask it to end, and then make it."""
-    for more in (process.terminate, process.kill):
-        try:
-            process.wait(PATIENCE)
-            return
-        except subprocess.TimeoutExpired:
-            more()
-
-
 # -- its folder --------------------------------------------------------------------------------------------
 
 
@@ -141,12 +139,16 @@ def identity(cfg: Sizes, *leave_out: str) -> dict[str, Any]:
 
     Raises BadInput if there is no model to start from.
     """
-    base = ROOT / cfg.base
-    if not (base / "config.json").is_file():
-        raise BadInput(f"{base} holds no model (there is no config.json in it); choose another --base")
-    weights = {path.name: file_sha256(path) for path in sorted(base.glob("*.safetensors"))}
+    hashes = weights(ROOT / cfg.base, "--base")
     kept = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("resume", *leave_out)}
-    return json.loads(json.dumps({**kept, "flags": FLAGS, "weights": weights}))
+    return json.loads(json.dumps({**kept, "flags": FLAGS, "weights": hashes}))
+
+
+def weights(model: Path, flag: str) -> dict[str, str]:
+    """What a model's files of weights hold, by name. Raises BadInput, which names `flag`, if there is no model."""
+    if not (model / "config.json").is_file():
+        raise BadInput(f"{model} holds no model (there is no config.json in it); choose another {flag}")
+    return {path.name: file_sha256(path) for path in sorted(model.glob("*.safetensors"))}
 
 
 def claim(out: Path, marker: str, identity: dict[str, Any], resume: bool) -> None:

@@ -54,7 +54,7 @@ IMPORTS = {name: {module(each) for each in imported(ast.walk(tree))} - {None, na
 GROUND = {f"minitau.{name}" for name in ("episode", "model", "parallel", "grpo", "config", "log", "estimators")}
 UPPER = {"minitau.sft", "minitau.tiny", "minitau.base.talk"}  # they speak of worlds and rollouts, but train nothing
 TOP = {*SCRIPTS, "minitau.demo", "minitau.base.pretrain"}
-ROOF = {"minitau.study"}  # repeats the demo, and so may know it
+ROOF = {"minitau.study", "minitau.ablate"}  # repeat the demo or parts of it, and so may know it
 
 
 def floor(name):

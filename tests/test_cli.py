@@ -20,7 +20,7 @@ import pytest
 import eval as evaluation
 import serve_user
 import train
-from minitau import config, demo, plot, study, tiny, view
+from minitau import ablate, config, demo, plot, study, tiny, view
 from minitau.base import pretrain
 from minitau.log import run_script, whole_lines
 
@@ -210,6 +210,7 @@ SCRIPTS = {
     "minitau.sft --check": functools.partial(config.parse, config.Check, "minitau.sft", ""),
     "minitau.tasks": functools.partial(config.parse, config.Listing, "minitau.tasks", ""),
     "minitau.tiny": functools.partial(config.parse, tiny.Tiny, "minitau.tiny", ""),
+    "minitau.ablate": functools.partial(config.parse, ablate.Ablations, "minitau.ablate", ""),
     "minitau.study": functools.partial(config.parse, study.Study, "minitau.study", ""),
     "minitau.demo": functools.partial(config.parse, demo.Demo, "minitau.demo", ""),
     "minitau.base.pretrain": functools.partial(config.parse, pretrain.Pretrain, "minitau.base.pretrain", ""),

@@ -17,8 +17,9 @@ import pytest
 import torch
 from conftest import sglang_server, small_model
 
-from minitau import checkpoint
+from minitau import checkpoint, config, engines
 from minitau.engines.local import CACHE_STEP, SHARED_PREFIX, LocalEngine
+from minitau.engines.rounded import rounded
 from minitau.engines.sglang import SGLangEngine
 from minitau.episode import Completion, EngineError, Sampling
 from minitau.model import packed_attention
@@ -424,6 +425,38 @@ def test_an_engine_that_shares_the_models_parameters_copies_nothing(local):
     completion = engine.generate(prompt, SOFT, session="s", seed=1)
     assert completion.weight_version == 2
     assert error_of(model, prompt, completion, SOFT) < TOLERANCE
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_rounded_weights_are_the_nearest_of_few(bits):
+    weight = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0.0
+    found = rounded(weight, bits)
+    largest = weight.abs().amax(1)
+    assert found.abs().amax(1).allclose(largest) and found.shape == weight.shape
+    for row, kept, top in zip(weight[:3], found, largest):
+        values = torch.linspace(-1, 1, 2**bits - 1) * top
+        torch.testing.assert_close(kept, values[(row[:, None] - values).abs().argmin(1)])
+    assert not found[3].any() and rounded(weight.bfloat16(), bits).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bits", [0, 3])
+def test_an_engine_may_sample_from_rounded_weights_and_leaves_the_trainers_alone(bits):
+    model = small_model(scale=8.0).requires_grad_(False)
+    engine = engines.open_engine(config.GRPO(max_tokens=200, concurrency=4), model, STOP, bits)
+    prompt = some_ids(random.Random(2), 50)
+    for version in (1, 2):  # another optimizer's step reaches it too
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        engine.sync(model.named_parameters(), version)
+        completion = engine.generate(prompt, SOFT, session="s", seed=1)
+        assert all(parameter.equal(before[name]) for name, parameter in model.named_parameters())
+        told = small_model().requires_grad_(False)
+        told.load_state_dict({name: rounded(tensor, bits) if bits else tensor for name, tensor in before.items()})
+        assert completion.weight_version == version and error_of(told, prompt, completion, SOFT) < TOLERANCE
+        assert (error_of(model, prompt, completion, SOFT) > 0.01) == (bits > 0)
+        for parameter in model.parameters():
+            parameter += 0.1
+    engine.close()
 
 
 @pytest.mark.parametrize("when", [0, 2], ids=["while prefilling", "while decoding"])

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from minitau.envs.courier.tasks import TURNS
 from minitau.episode import BadInput, Evaluation, Stop, Task, Trajectory
 from minitau.estimators import bootstrap_interval
 from minitau.log import run_script, whole_lines
+from minitau.pooled import episodes_played, gain, pooled
 from minitau.tasks import for_training
 
 ROOT = Path(__file__).parent.parent
@@ -198,7 +197,7 @@ def test_the_families_take_turns():
 def test_an_arm_starts_from_rft_and_plays_as_much_as_grpo(ran, played, arm):
     cfg = study.demo_of(played, "0")
     out, number = Path(cfg.out), len(ran)
-    budget = study.episodes_played(out / "grpo")
+    budget = episodes_played(out / "grpo")
     assert 12 <= budget <= 24
     study.play_arm(cfg, arm)
     assert len(ran) == number + 2
@@ -208,7 +207,7 @@ def test_an_arm_starts_from_rft_and_plays_as_much_as_grpo(ran, played, arm):
     if settings["stage"] == "grpo":
         assert settings["curriculum"] == (arm != "no-curriculum")
         assert settings["shuffle_rewards"] == (arm == "shuffled")
-    more = study.episodes_played(out / arm) - budget
+    more = episodes_played(out / arm) - budget
     assert arm == study.TWO_RANKS or 0 <= more < 12, "less than a step above the budget"
     if arm == "more-rft":  # the first RFT's attempts are not made once more
         first, second = (json.loads((out / run / "config.json").read_text())["seed"] for run in ("rft", arm))
@@ -230,6 +229,7 @@ def test_an_arm_finds_its_demo_from_anywhere(monkeypatch, tmp_path):
     for part in arms:
         theirs = config.parse(study.Study, "", "", list(part.command[2:]))
         assert study.demo_of(theirs, "0").out == at and part.proof.is_relative_to(at)
+        assert part.needs == (first.proof,)
 
 
 def test_an_arm_needs_its_demo(ran, played):
@@ -251,10 +251,10 @@ def test_a_budget_holds_over_a_resume(ran, played, tmp_path):
         *SMALL_FLAGS["grpo"].split(),
     ]
     train.main([*flags, "--out", str(tmp_path / "a"), "--steps", "9", "--episodes", "13"])
-    assert study.episodes_played(tmp_path / "a") == 18  # steps of 6
+    assert episodes_played(tmp_path / "a") == 18  # steps of 6
     for steps in ("2", "9", "9"):
         train.main([*flags, "--out", str(tmp_path / "b"), "--steps", steps, "--episodes", "13"])
-    assert study.episodes_played(tmp_path / "b") == 18
+    assert episodes_played(tmp_path / "b") == 18
     ours, theirs = (dict(checkpoint.read_safetensors(tmp_path / name / "model")) for name in "ab")
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
@@ -279,78 +279,24 @@ def test_seeds_are_pooled_task_by_task():
 
     broken = verdict(tasks[2], 1, 0, Stop.USER_ERROR)
     by_seed = {"0": seed(2, 0, 1), "1": [*seed(1, 0, 1)[:-1], broken]}
-    desk, locker, whole = study.pooled("grpo", by_seed)
+    desk, locker, whole = pooled("grpo", by_seed)
     assert (desk["domain"], locker["domain"], whole["domain"]) == ("desk", "locker", "all")
     assert desk["pass@1"] == pytest.approx((3 / 4 + 0) / 2) and desk["tasks"] == 2 and desk["episodes"] == 8
     assert desk["by_seed"] == {"0": 0.5, "1": 0.25}
     assert desk["pass^2"] == pytest.approx((0.5 + 0) / 2) and desk["pass@2"] == pytest.approx(0.5)
     assert locker["pass@1"] == pytest.approx(2 / 3) and locker["errors"] == 1 and locker["pass@2"] == 1.0
     assert whole["ci95"] == bootstrap_interval([(4, 3), (4, 0), (3, 2)])
-    gain = study.gain({"0": seed(0, 0, 0), "1": seed(2, 2, 2)}, {"0": seed(1, 0, 2)}, "rft")
-    assert gain["seeds"] == ["0"] and gain["gain"] == pytest.approx(0.5), "only the seeds that both have"
+    change = gain({"0": seed(0, 0, 0), "1": seed(2, 2, 2)}, {"0": seed(1, 0, 2)}, "rft")
+    assert change["seeds"] == ["0"] and change["gain"] == pytest.approx(0.5), "only the seeds that both have"
+    change = gain({"0": seed(0, 0, 0), "1": seed(2, 2, 2)}, {"1": seed(2, 0, 2), "0": seed(2, 0, 2)}, "rft")
+    assert change["gain"] == pytest.approx(1 / 6) and change["over"] == "rft"
+    assert change["by_seed"] == {"0": pytest.approx(2 / 3), "1": pytest.approx(-1 / 3)}
 
 
 @pytest.mark.parametrize(("budget", "available"), [(1, 768), (1024, 768), (3072, 768), (3073, 768), (9000, 7)])
 def test_more_rft_gets_its_budget(budget, available):
     tasks, samples = study.spread(budget, available)
     assert 1 <= tasks <= available and samples >= 4 and budget <= tasks * samples < budget + samples
-
-
-def parts(monkeypatch, tmp_path, **codes):
-    """A study whose demos and arms are one-line scripts: of `codes`, or ones that leave their proof."""
-
-    def part(cfg, seed, what):
-        proof = tmp_path / f"{seed}-{what}"
-        code = codes.get(what.replace("-", "_"), f"open({str(proof)!r}, 'x').close()")
-        return study.Part(seed, what, ("-c", code), proof)
-
-    monkeypatch.setattr(study, "demo_part", lambda cfg, seed: part(cfg, seed, "demo"))
-    monkeypatch.setattr(study, "arm_parts", lambda cfg, seed: [part(cfg, seed, arm) for arm in study.ARMS])
-    return study.Study(out=str(tmp_path), seeds=("0", "1"), jobs=3)
-
-
-def test_a_study_goes_on_after_a_failure(monkeypatch, tmp_path, capsys):
-    cfg = parts(monkeypatch, tmp_path, shuffled="print('out of luck'); raise SystemExit(4)")
-    assert sorted(map(str, study.play(cfg))) == ["seed 0, shuffled", "seed 1, shuffled"]
-    log = tmp_path / "logs" / "seed-0-shuffled.txt"
-    shown = capsys.readouterr().out.splitlines()
-    assert f"seed 0, shuffled: failed with status 4; see {log}" in shown and log.read_text() == "out of luck\n"
-    assert sum(": done in" in line for line in shown) == 6
-    first = {
-        what: next(i for i, line in enumerate(shown) if f"seed 1, {what}: " in line) for what in ("demo", "more-rft")
-    }
-    assert first["demo"] < first["more-rft"]
-
-    cfg = parts(monkeypatch, tmp_path)
-    assert study.play(cfg) == []
-    shown = capsys.readouterr().out
-    assert shown.count("done before") == 6 and shown.count("started") == 2
-
-
-def test_a_failed_demo_has_no_arms(monkeypatch, tmp_path, capsys):
-    cfg = parts(monkeypatch, tmp_path, demo="pass")  # it ends well, and leaves nothing
-    assert [part.what for part in study.play(cfg)] == ["demo", "demo"]
-    assert "more-rft" not in capsys.readouterr().out
-
-
-def test_an_interrupted_study_leaves_nobody_running(monkeypatch, tmp_path):
-    cfg = parts(monkeypatch, tmp_path, demo="import time; print('here', flush=True); time.sleep(60)")
-    begun, popen, sleep, started = [], study.start, time.sleep, time.perf_counter()
-
-    def starting(cfg, part):
-        begun.append(popen(cfg, part))
-        return begun[-1]
-
-    def interrupted(seconds):
-        monkeypatch.setattr(study.time, "sleep", sleep)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(study, "start", starting)
-    monkeypatch.setattr(study.time, "sleep", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        study.play(cfg)
-    assert [process.returncode for process in begun] == [-signal.SIGTERM] * 2
-    assert time.perf_counter() - started < 10
 
 
 @pytest.mark.parametrize("flags", ["--seeds 0,0", "--seeds a", "--seeds -1", "--jobs 0", "--arm rft"])

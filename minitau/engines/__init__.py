@@ -9,6 +9,7 @@ import torch
 from minitau import parallel
 from minitau.engines import sglang
 from minitau.engines.local import LocalEngine
+from minitau.engines.rounded import RoundedEngine
 from minitau.episode import Engine
 from minitau.model import Qwen3
 
@@ -19,14 +20,19 @@ def check_engine(cfg: Any) -> None:
         sglang.check(cfg, takes_weights=True)
 
 
-def open_engine(cfg: Any, model: Qwen3 | None, stop_ids: frozenset[int]) -> Engine:
+def open_engine(cfg: Any, model: Qwen3 | None, stop_ids: frozenset[int], round_bits: int = 0) -> Engine:
     """The engine that `cfg.engine` names. It holds no weights of use before its first sync, unless it reads
-    the plain (unsharded) model's own, or is an SGLang server without a `model`: then those in cfg.model."""
+    the plain (unsharded) model's own, or is an SGLang server without a `model`: then those in cfg.model.
+
+    round_bits: to how many bits a local engine rounds its weights; 0 leaves them."""
     if cfg.engine == "sglang":
         return sglang.open_sglang(cfg, stop_ids, takes_weights=model is not None)
-    if parallel.is_sharded(model):
+    if round_bits or parallel.is_sharded(model):
         dtype = getattr(torch, cfg.dtype)
         with torch.device("meta"):
             whole = Qwen3(model.cfg)
         model = whole.to_empty(device=parallel.device()).to(dtype).requires_grad_(False)
-    return LocalEngine(model, stop_ids, slots=cfg.concurrency, max_context=cfg.max_tokens + 1, patience=cfg.patience)
+    sizes = {"slots": cfg.concurrency, "max_context": cfg.max_tokens + 1, "patience": cfg.patience}
+    if round_bits:
+        return RoundedEngine(model, stop_ids, bits=round_bits, **sizes)
+    return LocalEngine(model, stop_ids, **sizes)
