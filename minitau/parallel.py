@@ -58,8 +58,16 @@ def device() -> torch.device:
 
 
 def start() -> None:
-    """Join the process group that torchrun announced. Nothing to do for a single process."""
+    """Join the process group that torchrun announced. Nothing to do for a single process.
+
+    Raises OSError if this rank has no GPU where others have one.
+    """
     if device().type == "cuda":
+        if device().index >= torch.cuda.device_count():
+            count = f"{torch.cuda.device_count()} GPUs are visible, one a rank is needed"
+            raise OSError(
+                f"rank {rank()} has no GPU: {count}; lower --nproc_per_node, or hide all: CUDA_VISIBLE_DEVICES=''"
+            )
         torch.cuda.set_device(device())
     if world_size() > 1:
         # Both backends: NCCL moves the shards, gloo the Python objects that live on the CPU.
