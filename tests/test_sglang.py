@@ -269,10 +269,10 @@ def test_a_payload_holds_handles_and_no_weights():
 def test_weights_arrive_bucket_by_bucket_and_the_last_one_flushes(engine, monkeypatch):
     other, sent = small_model(seed=5, scale=8.0), []
     monkeypatch.setattr(
-        "minitau.engines.sglang.buckets", lambda weights, dtype, device: buckets(weights, dtype, device, 8192)
+        "minitau.engines.handover.buckets", lambda weights, dtype, device: buckets(weights, dtype, device, 8192)
     )
     monkeypatch.setattr(
-        "minitau.engines.sglang.request", lambda url, body, **to: sent.append(body) or request(url, body, **to)
+        "minitau.engines.handover.request", lambda url, body, **to: sent.append(body) or request(url, body, **to)
     )
     engine.sync(list(other.named_parameters()), 5)
     assert len(sent) > 3 and [body["flush_cache"] for body in sent] == [False] * (len(sent) - 1) + [True]

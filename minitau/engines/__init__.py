@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from minitau import parallel
+from minitau.engines.launch import open_sglang
 from minitau.engines.local import LocalEngine
-from minitau.engines.sglang import open_sglang
 from minitau.episode import Engine
 from minitau.model import Qwen3
 
