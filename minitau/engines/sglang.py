@@ -60,7 +60,8 @@ class SGLangEngine(Upkeep):
         sleeps: bool = False,
     ):
         super().__init__(server, url, host, takes_weights=takes_weights, timeout=timeout)
-        self.carry = lend if host is None else Broadcaster().hand_over
+        self.broadcaster = Broadcaster()
+        self.carry = lend if host is None else self.broadcaster.hand_over
         self.stop_ids = sorted(stop_ids)
         self.vocab_size, self.max_context = vocab_size, max_context
         self.dtype = dtype
@@ -128,10 +129,10 @@ class SGLangEngine(Upkeep):
             self.listen()
         if threading.current_thread() is not threading.main_thread() or not parallel.announced(RESTARTED):
             return
+        life = self.life
         if problem := self.hand_over(self.version if version is None else version):
             with contextlib.suppress(EngineError):  # whoever waits for the server is told
-                self.mend(problem)
-                parallel.announce(RESTARTED)
+                self.lost(life, problem, sure=True)
 
     def sleep(self) -> None:
         """Give the KV cache's memory back until the next sync, if the engine was opened to do so. Until then
@@ -151,6 +152,7 @@ class SGLangEngine(Upkeep):
             self.given_up = "the engine is closed"
             asking = list(self.asking)
             self.changed.notify_all()
+        self.broadcaster.part()
         if self.server:
             return self.server.close()
         for name in asking:

@@ -58,7 +58,8 @@ class Upkeep:
             return self.life, self.version
 
     def lost(self, life: int, why: str, *, sure: bool = False) -> None:
-        """A request of `life` did not come back. Whoever notices first starts the server again, the others wait.
+        """A request to the server in its `life` did not come back. Whoever notices first starts it again, the others
+        wait.
 
         Raises EngineError if the server is well and only this request was slow, unless it is `sure` that it is not.
         """
