@@ -100,12 +100,13 @@ class Fake:
         group, _ = c10d._new_process_group_helper(size, rank, [], backend, dist.PrefixStore(name, store), **more)
         c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
         self.groups[name] = group
+        self.device = f"cuda:{self.args.base_gpu_id}" if body["backend"] == "nccl" else "cpu"
 
     def receive(self, body):
         own, group = dict(self.model.named_parameters()), self.groups[body["group_name"]]
         got = []
         for name, dtype, shape in zip(body["names"], body["dtypes"], body["shapes"], strict=True):
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
             got.append((name, tensor, dist.broadcast(tensor, src=0, group=group, async_op=True)))
         for name, tensor, work in got:
             work.wait()

@@ -200,7 +200,7 @@ def at_once(calls: Sequence[Callable[[], Any]]) -> list[str]:
             calls[i]()
             problems[i] = ""
         except (NoAnswer, Refused, RuntimeError) as error:
-            problems[i] = f"{error}" if not isinstance(error, RuntimeError) else f"{str(error).splitlines()[0]:.200}"
+            problems[i] = " ".join(str(error).split())[:300] or type(error).__name__
 
     threads = [threading.Thread(target=do, args=(i,), daemon=True) for i in range(len(calls))]
     for thread in threads:

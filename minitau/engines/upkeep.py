@@ -128,7 +128,7 @@ class Upkeep:
         with contextlib.suppress(EngineError):  # whoever waits for the server is told
             if not self.server:
                 if parallel.was_announced(GIVEN_UP.format(self.host)):
-                    self.give_up(f"the server of rank {self.host} is given up: see its log")
+                    self.give_up(f"the server of rank {self.host} is given up: that rank and the server's log say why")
             elif parallel.was_announced(LOST.format(self.host, self.life)):
                 self.lost(self.life, "another rank got no reply", sure=True)
 
