@@ -302,7 +302,7 @@ def test_broadcast_weights_arrive_and_a_server_that_was_started_again_rejoins(
         before, engine.stop_ids = child_of(engine.server), []
         monkeypatch.setattr(engine, "tend", lambda: SGLangEngine.tend(engine, 3))
         engine.weights = list(reference.named_parameters())
-        replies = ask_while_tending(engine, 4, then=lambda: os.kill(before, signal.SIGKILL))
+        replies = ask_while_tending(engine, 16, then=lambda: os.kill(before, signal.SIGKILL))
         for prompt, completion in replies:
             model = {2: other, 3: reference}[completion.weight_version]
             assert error_of(model, prompt, completion, LONG) < 1e-4
