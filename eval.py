@@ -23,7 +23,7 @@ import torch
 
 from minitau import checkpoint, config, parallel, rollout, tau2_results
 from minitau.chat import Chat
-from minitau.engines import open_engine, sglang
+from minitau.engines import check_engine, open_engine
 from minitau.envs import open_world
 from minitau.episode import BadInput, EpisodeError, Task, Trajectory, World
 from minitau.estimators import bootstrap_interval, counted, mean_over_tasks, pass_at_k, pass_hat_k
@@ -102,8 +102,8 @@ def open_policy(cfg: config.Evaluation) -> tuple[Qwen3 | None, Chat]:
         raise BadInput("--model is needed to evaluate a policy; --agent gold, refuse or transfer needs none")
     chat = open_chat(cfg.model, cfg.dialect)
     chat.check_vocabulary(checkpoint.read_config(cfg.model).vocab_size)
+    check_engine(cfg, takes_weights=False)
     if cfg.engine == "sglang":
-        sglang.check(cfg, takes_weights=False)
         return None, chat  # the server reads the weights itself
     model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype))
     return model.requires_grad_(False), chat

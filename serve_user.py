@@ -29,8 +29,9 @@ from minitau import checkpoint, config, parallel
 from minitau.chat import Chat
 from minitau.conversations import read_message
 from minitau.engines import open_engine
+from minitau.engines.launch import ENVIRONMENT, command_line
 from minitau.engines.server import HOST, Server, healthy, port_is_taken
-from minitau.engines.sglang import DEATHS, ENVIRONMENT, LONG_LIFE, command_line
+from minitau.engines.upkeep import DEATHS, LONG_LIFE
 from minitau.episode import Action, BadInput, Engine, EngineError, Opening, Sampling
 from minitau.log import run_script
 from minitau.run import open_chat

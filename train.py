@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from minitau import batch, checkpoint, config, grpo, parallel, rejection, reward, rollout, sft
+from minitau.ahead import Player
 from minitau.curriculum import Curriculum
 from minitau.engines import check_engine, open_engine
 from minitau.envs import open_world
@@ -92,6 +93,7 @@ def train_grpo(cfg: config.GRPO) -> None:
     reference = open_reference(cfg) if cfg.kl else None
     engine = open_engine(cfg, run.model, run.chat.stop_ids, cfg.engine_round)
     stage = rollout.open_stage(cfg, world, engine, run.chat)
+    player = Player(lambda step: draw_groups(cfg, step, curriculum, stage))
     sync(engine, run, cfg, version=run.step)
     run.log.start("GRPO", cfg.steps, run.step)
     clock = Clock()
@@ -99,11 +101,15 @@ def train_grpo(cfg: config.GRPO) -> None:
         if spent(cfg, episodes):
             break
         with clock.phase("rollout"):
-            groups, played, drawn = draw_groups(cfg, step, curriculum, stage)
+            groups, played, drawn = player.take(step)
         if warning := rollout.require_verdicts(played):
             say(warning)
         engine.sleep()
         episodes += len(played)
+        state = {"curriculum": curriculum.state_dict(), "episodes": episodes}  # as of this batch, not of the next
+        last = step == cfg.steps or spent(cfg, episodes)
+        if cfg.ahead and not last:
+            player.start(step + 1)
         if cfg.shuffle_rewards:
             groups = shuffled(groups, seed=f"{cfg.seed}:{step}:shuffle")
         chunks = [chunk for part in split(groups, cfg.updates_per_step) if (chunk := weigh(cfg, part))]
@@ -117,12 +123,15 @@ def train_grpo(cfg: config.GRPO) -> None:
         with clock.phase("update"):
             loss_of = partial(grpo_loss, run.model, cfg=cfg, record=old)
             losses = [update(run, cfg, mbs, loss_of, cfg.lr) for mbs in updates]
+        with clock.phase("rollout"):  # no weights change under a request
+            player.wait(partial(engine.tend, step))
         with clock.phase("sync"):
             drift_of_sync = sync(engine, run, cfg, version=step)
         metrics = {
             "step": step,
             **rollout.summary(played),
             **drawn,
+            "staleness": staleness(played, step - 1),
             **mean_of(losses),
             **drift_of_sync,
             **clock.report(),
@@ -130,9 +139,9 @@ def train_grpo(cfg: config.GRPO) -> None:
         run.log.write(metrics, ("reward", "partial", "zero_variance_share"))
         save_trajectories(run, cfg, step, played, chunks, old)
         clock = Clock()  # the time of a checkpoint stands in the line of the step after it
-        if step % cfg.save_every == 0 or step == cfg.steps or spent(cfg, episodes):
+        if step % cfg.save_every == 0 or last:
             with clock.phase("checkpoint"):
-                save(run, cfg, step, {"curriculum": curriculum.state_dict(), "episodes": episodes})
+                save(run, cfg, step, state)
     run.log.finish()
     engine.close()
     export(run)
@@ -184,6 +193,12 @@ def spent(cfg: config.GRPO, episodes: int) -> bool:
     return 0 < cfg.episodes <= episodes
 
 
+def staleness(played: Sequence[Trajectory], version: int) -> float:
+    """By how many updates the weights that sampled a reply are behind those of `version`, which it trains: the mean."""
+    behind = [version - turn.weight_version for t in played for turn in t.turns]
+    return sum(behind) / max(1, len(behind))
+
+
 def shuffled(groups: Sequence[Group], seed: str) -> list[Group]:
     """The groups with the rewards of each given to its attempts by lot: see --shuffle-rewards.
 
@@ -230,6 +245,8 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This micro-batch's part of the loss, and sums over its tokens of what the log shows.
 
+    The ratio that is clipped is to `old`, the trainer before this batch's updates, also where an older policy sampled
+    the batch (--ahead): that is what truncated importance corrects for. Of a single update old is the policy itself.
     The log-probabilities before the update are also appended to `record`.
     """
     logprobs_N, entropy_N = forward(model, mb, cfg.temperature, cfg.dtype)

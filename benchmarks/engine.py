@@ -39,7 +39,8 @@ import torch
 
 from minitau import batch, checkpoint, config, parallel, probe, rollout, tiny
 from minitau.chat import Chat, load_chat
-from minitau.engines.sglang import SGLangEngine, open_sglang
+from minitau.engines.launch import open_sglang
+from minitau.engines.sglang import SGLangEngine
 from minitau.episode import Action, Completion, Evaluation, Message, Observation, Opening, Sampling, Stop, Task
 from minitau.model import ModelConfig, Qwen3
 

@@ -22,7 +22,7 @@ from typing import Any, get_type_hints
 from minitau.episode import BadInput
 
 
-def setting(default: Any, help: str, choices: tuple[str, ...] | None = None, variable: str = "") -> Any:
+def setting(default: Any, help: str, choices: tuple[Any, ...] | None = None, variable: str = "") -> Any:
     """`variable` names an environment variable that gives the default with --env tau2."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "variable": variable})
 
@@ -43,6 +43,12 @@ class Episodes:
         "sglang: how a server is started, with more of its flags if wanted; '' is this Python's sglang.launch_server",
     )
     engine_url: tuple[str, ...] = setting((), "sglang: servers that run already, one a rank; none is started then")
+    engine_gpus: tuple[str, ...] = setting(
+        (),
+        "sglang: GPUs for the servers alone, by number among the visible ones, and weights are broadcast to them: a "
+        "server on each. Ranks train on the first GPUs; there is a server for each rank, or some share one (rank r "
+        "asks server r modulo their number). Without it a server shares the GPU of its rank",
+    )
     engine_mem: float = setting(0.4, "sglang: a server takes this part of what is free on its GPU when it starts")
     engine_timeout: float = setting(600.0, "sglang: seconds until a start, or a reply, counts as never coming")
     temperature: float = setting(1.0, "of the policy's sampling; 0 is greedy (evaluation only)")
@@ -167,6 +173,12 @@ class GRPO(Training, Episodes):
     sequence_high: float = setting(2.0, "trajectories whose mean trainer/engine ratio is higher are masked")
     engine_round: int = setting(
         0, "a control: the local engine samples from weights rounded to so many bits, so that it drifts; 0 leaves them"
+    )
+    ahead: int = setting(
+        0,
+        "batches that are played while another is trained on: 1 samples with weights one step older, which "
+        "--importance-cap then corrects for; for --engine-gpus or --engine-url",
+        (0, 1),
     )
     engine_sleep: bool = setting(False, "sglang: give the KV cache's memory to the trainer while it trains")
     lr: float = setting(1e-6, "learning rate of AdamW, constant")
@@ -443,13 +455,14 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
     if values.get("agent") == "flawed" and values["env"] == "tau2":
         raise BadInput("--agent flawed: tau2 has gold, refuse and transfer")
     if values.get("engine") == "local":
-        for name in ("engine_url", "engine_command", "engine_sleep"):
+        for name in ("engine_url", "engine_command", "engine_gpus", "engine_sleep", "ahead"):
             if values.get(name):
                 raise BadInput(f"--{name.replace('_', '-')} is for --engine sglang")
     elif values.get("engine_round"):
         raise BadInput("--engine-round is for --engine local")
     if values.get("engine_round") == 1:
         raise BadInput("--engine-round is 1, which rounds every weight to nothing; take 2 or more, or 0 to leave them")
+    check_engines(values)
     if values.get("engine_url") and values["engine_command"]:
         raise BadInput("--engine-url names servers that run already; --engine-command has none to start")
     for name in ("engine_mem", "mem_fraction"):
@@ -461,6 +474,21 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
         raise BadInput(f"--max-tokens {cfg.max_tokens} does not fit --micro-batch-tokens {cfg.micro_batch_tokens}")
     if values.get("updates_per_step", 1) > values.get("tasks_per_step", 1):
         raise BadInput("--updates-per-step cannot be more than --tasks-per-step")
+
+
+def check_engines(values: dict[str, Any]) -> None:
+    """Raise BadInput for servers that cannot be where they are said to be, or do all that is asked of them."""
+    gpus, urls, sleep = (values.get(f"engine_{name}") for name in ("gpus", "url", "sleep"))
+    if gpus and not all(gpu.isdecimal() for gpu in gpus):
+        raise BadInput(f"--engine-gpus {','.join(gpus)}: GPUs are named by numbers, as in 4,5,6,7")
+    if gpus and len({int(gpu) for gpu in gpus}) < len(gpus):
+        raise BadInput(f"--engine-gpus {','.join(gpus)}: a GPU is named twice")
+    if gpus and urls:
+        raise BadInput("--engine-gpus is for servers that are started, --engine-url for ones that run: leave one out")
+    if sleep and (gpus or values["ahead"]):
+        raise BadInput(f"--engine-sleep leaves nothing to --{'engine-gpus' if gpus else 'ahead'}: leave one out")
+    if values.get("ahead") and not (gpus or urls):
+        raise BadInput("--ahead 1 needs servers that share no GPU with the trainer: add --engine-gpus or --engine-url")
 
 
 # What a resumed run may change without becoming another run.
@@ -479,6 +507,7 @@ FREE_ON_RESUME = {
     "floors",
     "engine_command",
     "engine_url",
+    "engine_gpus",
     "engine_mem",
     "engine_timeout",
     "engine_sleep",

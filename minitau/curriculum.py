@@ -57,7 +57,8 @@ class Curriculum:
         self.tallies[task.key] = [MEMORY * solved + sum(outcomes), MEMORY * attempts + len(outcomes)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tallies": self.tallies}
+        """What `load_state_dict` takes; what happens afterwards does not change it."""
+        return {"tallies": dict(self.tallies)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tallies = {key: list(tally) for key, tally in state["tallies"].items()}

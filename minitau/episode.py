@@ -291,9 +291,9 @@ class Engine(Protocol):
     def sync(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
         """Take over (Hugging Face name, tensor) pairs in place, and forget what older ones cached."""
 
-    def tend(self) -> None:
-        """Called now and then, on every rank, by the thread that waits while others ask: what the engine
-        cannot do in theirs."""
+    def tend(self, version: int | None = None) -> None:
+        """Called now and then, on every rank, by a thread that waits while others ask: what the engine
+        cannot do in theirs. `version`: of the weights as they are now, if they changed since the last sync."""
 
     def sleep(self) -> None:
         """Give back memory that is not needed until the next sync; nothing may be asked before it."""

@@ -9,11 +9,13 @@ size and every loss stays a sum over the global batch. It must not know what is 
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
+import socket
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 # A rank may wait for the slowest episode of another: longer than any step, short of a lost night.
 TIMEOUT = datetime.timedelta(hours=4)
+LOOPBACK = "127.0.0.1"
+BESIDE: dist.ProcessGroup | None = None  # all ranks once more, for a thread that runs beside the training
 
 
 def rank() -> int:
@@ -73,6 +77,8 @@ def start() -> None:
         # Both backends: NCCL moves the shards, gloo the Python objects that live on the CPU.
         backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
+        global BESIDE
+        BESIDE = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
 
 def stop() -> None:
@@ -85,12 +91,16 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(item: Any) -> list[Any]:
-    """Every rank's `item`, in rank order, on every rank."""
-    if not dist.is_initialized():
+def gather(item: Any, *, beside: bool = False) -> list[Any]:
+    """Every rank's `item`, in rank order, on every rank.
+
+    beside: for what may run in a thread of its own while the main thread trains. What all ranks do together must
+    come in the same order on each of them, and the order of two threads is anybody's guess.
+    """
+    if world_size() == 1:
         return [item]
     items: list[Any] = [None] * world_size()
-    dist.all_gather_object(items, item)
+    dist.all_gather_object(items, item, group=BESIDE if beside else None)
     return items
 
 
@@ -156,6 +166,11 @@ def announced(name: str) -> bool:
         ANSWERED[name] += 1
         return True
     return False
+
+
+def was_announced(name: str) -> bool:
+    """True from the first `announce` of any rank on. Any thread may ask, and no rank need."""
+    return count(f"announced/{name}", 0) > 0
 
 
 def shard(model: nn.Module, blocks: nn.ModuleList, compute_dtype: torch.dtype) -> None:
@@ -226,6 +241,66 @@ def whole(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     gathered = padded.new_empty(world_size() * rows, *tensor.shape[1:])
     dist.all_gather_into_tensor(gathered, padded, group=tensor.device_mesh.get_group())
     return gathered[: tensor.shape[0]]
+
+
+class Broadcast:
+    """A group of this process, its rank 0, and of `others` that are no ranks of ours: tensors go to all of them.
+
+    They join it as ranks 1..others, at LOOPBACK and `port`, under `name`; `backend` is how. What a server of SGLang
+    does to join (torch has no public way to have a group beside the default one) is done here likewise.
+    """
+
+    NUMBERS = itertools.count()
+
+    def __init__(self, others: int, timeout: float):
+        self.name, self.size = f"weights-{next(self.NUMBERS)}", others + 1
+        self.backend = "nccl" if device().type == "cuda" else "gloo"
+        self.timeout = datetime.timedelta(seconds=timeout)
+        listener = socket.create_server((LOOPBACK, 0))  # a store's own would listen to the whole world
+        self.port = listener.getsockname()[1]
+        self.store = dist.TCPStore(
+            LOOPBACK,
+            self.port,
+            is_master=True,
+            timeout=self.timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        self.group: dist.ProcessGroup | None = None
+
+    def join(self) -> None:
+        """Wait for the others. Raises RuntimeError if they do not come in time."""
+        c10d = dist.distributed_c10d
+        store = dist.PrefixStore(self.name, self.store)
+        self.group, _ = c10d._new_process_group_helper(
+            self.size, 0, [], dist.Backend(self.backend), store, group_name=self.name, timeout=self.timeout
+        )
+        c10d._world.pg_group_ranks[self.group] = {rank: rank for rank in range(self.size)}
+
+    def sender(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
+        """What sends the tensors, one by one and in order: it may be called in any thread, for it may hang when one
+        of the others is gone. What this thread does with them later waits for it. It raises RuntimeError."""
+        stream = torch.cuda.current_stream() if tensors[0].is_cuda else None
+
+        def send() -> None:
+            with torch.cuda.stream(stream):
+                for work in [self.group.broadcast(tensor, 0) for tensor in tensors]:
+                    work.wait()
+
+        return send
+
+    def close(self) -> None:
+        """Leave the group, as the others do at the same time."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+            self.group = None
+
+    def abort(self) -> None:
+        """Leave the group though one of the others hangs in it, or is gone. torch keeps what it has of the group: to
+        take it down would wait for them."""
+        if self.group is not None:
+            threading.Thread(target=self.group.abort, daemon=True).start()
+            self.group = None
 
 
 def local(parameter: nn.Parameter) -> Tensor:

@@ -19,8 +19,8 @@ import torch
 from tau2_world import play, world  # noqa: F401  (fixtures of tau2-bench's tests)
 
 from minitau import tiny
+from minitau.engines.launch import ENVIRONMENT
 from minitau.engines.server import Server
-from minitau.engines.sglang import ENVIRONMENT
 from minitau.episode import Check, Evaluation, Stop, Task, Trajectory
 from minitau.model import ModelConfig, Qwen3, init_weights
 

@@ -21,6 +21,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
 
 from minitau import checkpoint
@@ -45,6 +46,7 @@ class Fake:
         self.running, self.aborted = set(), set()
         mine = os.environ.get("FAKE_SGLANG_RANK", args.random_seed) == args.random_seed  # seed 0 and rank
         self.dies_after = int(os.environ.get("FAKE_SGLANG_DIES", 0)) if mine else 0
+        self.groups = {}
 
     def engine(self, stop_ids):
         with self.lock:
@@ -103,8 +105,34 @@ class Fake:
         self.version = body["weight_version"]
         return {"success": True, "message": "Success"}
 
+    def join(self, body):
+        """As SGLang does: its group knows no default one. It waits for the others."""
+        c10d, rank, size = dist.distributed_c10d, body["rank_offset"], body["world_size"]
+        where = f"tcp://{body['master_address']}:{body['master_port']}"
+        store, _, _ = next(dist.rendezvous(where, rank, size, timeout=c10d.default_pg_timeout))
+        name, backend = body["group_name"], dist.Backend(body["backend"])
+        more = {"group_name": name, "timeout": c10d.default_pg_timeout}
+        group, _ = c10d._new_process_group_helper(size, rank, [], backend, dist.PrefixStore(name, store), **more)
+        c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
+        self.groups[name] = group
+        self.device = f"cuda:{self.args.base_gpu_id}" if body["backend"] == "nccl" else "cpu"
+
+    def receive(self, body):
+        own, group = dict(self.model.named_parameters()), self.groups[body["group_name"]]
+        got = []
+        for name, dtype, shape in zip(body["names"], body["dtypes"], body["shapes"], strict=True):
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+            got.append((name, tensor, dist.broadcast(tensor, src=0, group=group, async_op=True)))
+        for name, tensor, work in got:
+            work.wait()
+            own[name].copy_(tensor)
+        if body["flush_cache"]:
+            self.flush()
+        self.version = body["weight_version"]
+
     def load(self, body):
         self.model.load_state_dict(checkpoint.load_model(body["model_path"]).state_dict())
+        self.version = body["weight_version"]
         self.flush()
         return {"success": True, "message": "Succeeded to update model weights."}
 
@@ -128,6 +156,12 @@ class Fake:
                 return self.generate(body)
             case "/update_weights_from_tensor":
                 return self.update(body)
+            case "/init_weights_update_group":
+                self.join(body)
+            case "/update_weights_from_distributed":
+                self.receive(body)
+            case "/destroy_weights_update_group":
+                dist.destroy_process_group(self.groups.pop(body["group_name"]))
             case "/update_weights_from_disk":
                 return self.load(body)
             case "/abort_request":

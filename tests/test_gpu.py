@@ -4,6 +4,7 @@ These tests skip where there is no GPU. Figures are bounds on rounding, not on s
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from random import Random
 
 import pytest
 import torch
+from conftest import FAKE_SGLANG, FOR_THE_FAKE
 
 from minitau import checkpoint
 from minitau.chat import load_chat
@@ -108,3 +110,33 @@ def test_grpo_in_bf16_over_nccl(tiny_dir, tmp_path, ranks):
     # Engine and trainer both round to bf16, in different orders; stale or missing weights would be far off.
     assert all(line["drift"] < 0.05 for line in lines), [line["drift"] for line in lines]
     assert checkpoint.load_model(out / "model").cfg == checkpoint.read_config(tiny_dir)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_are_broadcast_over_nccl_to_a_server_that_dies(tiny_dir, tmp_path, ranks):
+    """The stand-in computes on the CPU, but what it joins, receives and leaves is a group on GPUs of its own."""
+    if torch.cuda.device_count() < ranks + 1:
+        pytest.skip(f"needs {ranks + 1} GPUs")
+    out = tmp_path / "run"
+    flags = (
+        "--stage grpo --dtype bfloat16 --steps 3 --tasks 8 --tasks-per-step 4 --group-size 2 --no-dynamic-sampling "
+        f"--no-screen --lr 1e-3 --max-new-tokens 16 --max-turns 3 --engine sglang --engine-gpus {ranks} --ahead 1"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [*torchrun, "train.py", "--model", str(tiny_dir), "--out", str(out), *flags.split()]
+    environment = {**os.environ, **FOR_THE_FAKE, "FAKE_SGLANG_DIES": "40"}
+    done = subprocess.run(
+        [*command, "--engine-command", FAKE_SGLANG],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "is started again" in done.stdout
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3] and all(line["sync_drift"] < 0.05 for line in lines), lines
+    assert lines[0]["staleness"] == 0 < lines[1]["staleness"]
+    assert not any(line["stops"].get("engine_error") for line in lines)

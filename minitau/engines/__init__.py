@@ -7,17 +7,17 @@ from typing import Any
 import torch
 
 from minitau import parallel
-from minitau.engines import sglang
+from minitau.engines import launch
 from minitau.engines.local import LocalEngine
 from minitau.engines.rounded import RoundedEngine
 from minitau.episode import Engine
 from minitau.model import Qwen3
 
 
-def check_engine(cfg: Any) -> None:
-    """Raise BadInput for an engine that a training stage cannot have here, before anything is claimed or loaded."""
+def check_engine(cfg: Any, takes_weights: bool = True) -> None:
+    """Raise BadInput for an engine that cannot be had here, before anything is claimed or loaded."""
     if cfg.engine == "sglang":
-        sglang.check(cfg, takes_weights=True)
+        launch.check(cfg, takes_weights)
 
 
 def open_engine(cfg: Any, model: Qwen3 | None, stop_ids: frozenset[int], round_bits: int = 0) -> Engine:
@@ -26,7 +26,7 @@ def open_engine(cfg: Any, model: Qwen3 | None, stop_ids: frozenset[int], round_b
 
     round_bits: to how many bits a local engine rounds its weights; 0 leaves them."""
     if cfg.engine == "sglang":
-        return sglang.open_sglang(cfg, stop_ids, takes_weights=model is not None)
+        return launch.open_sglang(cfg, stop_ids, takes_weights=model is not None)
     if round_bits or parallel.is_sharded(model):
         dtype = getattr(torch, cfg.dtype)
         with torch.device("meta"):

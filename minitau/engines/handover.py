@@ -1,29 +1,44 @@
-"""Weights on their way to a server on the same device: cut into buckets, handed over without a copy through HTTP.
+"""Weights on their way to servers: cut into buckets, handed over without a copy through HTTP.
 
-A bucket is one buffer that is filled, lent to the server as handles (CUDA IPC; shared memory on a CPU), and filled
-again once the server has taken its copy. So the model never exists a second time in the trainer.
+A bucket is one buffer that is filled, passed on, and filled again once the servers have taken their copy. So the
+model never exists a second time in the trainer. To a server on the same device a bucket is lent as handles (CUDA IPC;
+shared memory on a CPU): `lend`. To servers on other GPUs rank 0 broadcasts it, to all at once: `Broadcaster`.
+
+    POST /update_weights_from_tensor, /init_weights_update_group, /update_weights_from_distributed,
+    /destroy_weights_update_group
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import torch
 import torch.multiprocessing  # teaches ForkingPickler to pass tensors by handle
 from torch import Tensor
 
+from minitau import parallel
+from minitau.engines.server import NoAnswer, Refused, request
+
 # Each bucket costs a request of some 3 ms; 1 GiB holds the embedding of a 4B model. Shared memory is dearer.
 BUCKET_BYTES = {"cuda": 1 << 30, "cpu": 1 << 24}
 ALIGN = 256  # bytes
+GRACE = 10.0  # seconds in which the others may still finish what one of them has failed in
+LEAVE_SECONDS = 10.0  # for a server to leave a group that is not used any more
 
 NamedTensors = list[tuple[str, Tensor]]
+Weights = Iterable[tuple[str, Tensor]]
+Outcome = tuple[bool, str]  # whether a server has the weights now, and what went wrong with it
 
 
 def buckets(
-    weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device, size: int = 0
+    weights: Weights, dtype: torch.dtype, device: torch.device, size: int = 0
 ) -> Iterator[tuple[NamedTensors, bool]]:
     """([(name, tensor), ...], is it the last?) of at most `size` bytes (0: what suits the device), or of one tensor
     that is larger.
@@ -61,3 +76,141 @@ def serialize(named: NamedTensors) -> str:
     file = io.BytesIO()
     ForkingPickler(file, 4).dump([(name, tensor.detach()) for name, tensor in named])
     return base64.b64encode(file.getvalue()).decode()
+
+
+def lend(weights: Weights, dtype: torch.dtype, url: str, version: int, timeout: float, *, wanted: bool) -> Outcome:
+    """Hand weights over to the server at `url`, which is on this rank's device, if they are wanted there.
+
+    All ranks iterate the weights to the end, whether they send or not: each holds a part of them.
+    """
+    problem, sent = "", 0
+    for tensors, last in buckets(weights, dtype, parallel.device()):
+        sent += len(tensors)
+        if not wanted or problem:
+            continue
+        body = {
+            "serialized_named_tensors": [serialize(tensors)],
+            "flush_cache": last,
+            "weight_version": str(version),
+        }
+        try:
+            request(f"{url}/update_weights_from_tensor", body, timeout=timeout)
+        except (NoAnswer, Refused) as error:
+            problem = str(error)
+    assert sent, "the weights of a sync must be there to be iterated again"
+    return wanted and not problem, problem
+
+
+class Broadcaster:
+    """Brings weights to servers on other GPUs; rank 0 sends, the other ranks give their parts.
+
+    The servers and rank 0 are a process group, which is made anew when others want weights than the last time: a
+    server that was started again is another one.
+    """
+
+    def __init__(self) -> None:
+        self.group: parallel.Broadcast | None = None
+        self.members: list[str] = []  # URLs, in the order of their ranks 1, 2, ...
+
+    def hand_over(
+        self, weights: Weights, dtype: torch.dtype, url: str, version: int, timeout: float, *, wanted: bool
+    ) -> Outcome:
+        """Like `lend`, of all ranks together, to every server that one of them names with `wanted`. Whether the one
+        at `url` has them now, which may be due to another rank, and what went wrong with it."""
+        urls = list(dict.fromkeys(each for each in parallel.gather(url if wanted else "") if each))
+        problems: dict[str, str] = {}
+        if not parallel.is_main():
+            for _ in weights:
+                pass
+        else:
+            problems = self.send(weights, dtype, urls, version, timeout)
+        problems = parallel.from_main(problems)
+        return url in urls and url not in problems, problems.get(url, "")
+
+    def send(
+        self, weights: Weights, dtype: torch.dtype, urls: list[str], version: int, timeout: float
+    ) -> dict[str, str]:
+        """Rank 0's part; what went wrong, by URL. After a problem the rest of the weights is iterated, not sent."""
+        problems, sent = self.meet(urls, timeout), 0
+        for tensors, last in buckets(weights, dtype, parallel.device()):
+            sent += len(tensors)
+            if not urls or problems:
+                continue
+            body = {
+                "names": [name for name, _ in tensors],
+                "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
+                "shapes": [list(tensor.shape) for _, tensor in tensors],
+                "group_name": self.group.name,
+                "flush_cache": last,
+                "weight_version": str(version),
+            }
+            mine = self.group.sender([tensor for _, tensor in tensors])
+            problems = self.together("update_weights_from_distributed", [body] * len(urls), mine, timeout)
+        assert sent, "the weights of a sync must be there to be iterated again"
+        return problems
+
+    def meet(self, urls: list[str], timeout: float) -> dict[str, str]:
+        """Have a group of just these servers; who did not come, and why."""
+        if urls == self.members or not urls:
+            return {}
+        self.part()
+        # (The servers' answers have a deadline. NCCL's own must come after it: it ends the process.)
+        self.group, self.members = parallel.Broadcast(len(urls), 2 * timeout + GRACE), urls
+        join = {
+            "master_address": parallel.LOOPBACK,
+            "master_port": self.group.port,
+            "world_size": self.group.size,
+            "group_name": self.group.name,
+            "backend": self.group.backend,
+        }
+        bodies = [{**join, "rank_offset": rank} for rank in range(1, self.group.size)]
+        return self.together("init_weights_update_group", bodies, self.group.join, timeout)
+
+    def part(self) -> None:
+        """Leave the group, with those of its servers that are still there."""
+        if self.group and self.members:
+            body = {"group_name": self.group.name}
+            ask = partial(request, body=body, timeout=LEAVE_SECONDS)
+            at_once([*(partial(ask, f"{url}/destroy_weights_update_group") for url in self.members), self.group.close])
+        self.group, self.members = None, []
+
+    def together(
+        self, what: str, bodies: Sequence[dict[str, Any]], mine: Callable[[], None], timeout: float
+    ) -> dict[str, str]:
+        """Ask each member for `what` with its body, and do `mine`, at once: they wait for each other. What went
+        wrong, by URL; then the group is given up."""
+        asked = zip(self.members, bodies)
+        calls = [partial(request, f"{url}/{what}", body, timeout=timeout) for url, body in asked]
+        *theirs, own = at_once([*calls, mine])
+        problems = {url: problem for url, problem in zip(self.members, theirs) if problem}
+        if own and not problems:
+            problems = dict.fromkeys(self.members, own)
+        if problems:
+            self.group.abort()
+            self.group, self.members = None, []
+        return problems
+
+
+def at_once(calls: Sequence[Callable[[], Any]]) -> list[str]:
+    """Do all of `calls` at the same time, each in a thread; what went wrong with each, "" if nothing did.
+
+    When one has failed, the others have GRACE seconds left: what they wait for may never come.
+    """
+    problems: list[str | None] = [None] * len(calls)
+
+    def do(i: int) -> None:
+        try:
+            calls[i]()
+            problems[i] = ""
+        except (NoAnswer, Refused, RuntimeError) as error:
+            problems[i] = " ".join(str(error).split())[:300] or type(error).__name__
+
+    threads = [threading.Thread(target=do, args=(i,), daemon=True) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    deadline = None
+    while any(thread.is_alive() for thread in threads) and (deadline is None or time.monotonic() < deadline):
+        next(thread for thread in threads if thread.is_alive()).join(0.002)
+        if deadline is None and any(problems):
+            deadline = time.monotonic() + GRACE
+    return ["it waited in vain for the others" if problem is None else problem for problem in problems]

@@ -21,7 +21,11 @@ GRACE = 5.0  # seconds from "please end" to the end
 
 def keep(command: list[str]) -> int:
     """Run `command` in a process group of its own until it ends or stdin does; its exit status."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+    try:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+    except OSError as error:
+        print(f"{command[0]} cannot be started: {error.strerror}", flush=True)
+        return 127
     threading.Thread(target=end_when_orphaned, args=(child.pid,), daemon=True).start()
     status = child.wait()
     end(child.pid)  # what it left behind

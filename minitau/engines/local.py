@@ -133,7 +133,7 @@ class LocalEngine:
             self.version = version
             self.slots = [Slot(slot.index) for slot in self.slots]  # older weights computed what they held
 
-    def tend(self) -> None:
+    def tend(self, version: int | None = None) -> None:
         """Nothing to do: it lives in this process."""
 
     def sleep(self) -> None:

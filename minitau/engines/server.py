@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from minitau.log import progress_bar
 
 HOST = "127.0.0.1"
 KEEPER = Path(__file__).with_name("keeper.py")
-FIRST_PORT = 20_000  # below those that systems give away by themselves
+PORTS = (20_000, 32_000)  # below those that systems give away by themselves
 LAST_LINES = 12  # of a log, shown when its server died
 LOG_BYTES = 1 << 16  # of the log's end, which may be long
 HEALTH_SECONDS = 30.0  # a server that is busy answers /health late, but it answers
@@ -85,10 +86,10 @@ def healthy(url: str) -> bool:
     return True
 
 
-def free_port(first: int = FIRST_PORT) -> int:
-    """The first port from `first` on that nobody listens on now. Another process may take it before the server
-    does; then the server dies, and says so."""
-    return next(port for port in range(first, 65_536) if not port_is_taken(port))
+def free_port() -> int:
+    """A port that nobody listens on now, drawn by lot: a server takes a minute to bind it, and meanwhile another
+    rank or run must not find the same one."""
+    return next(port for port in iter(lambda: random.randrange(*PORTS), None) if not port_is_taken(port))
 
 
 def port_is_taken(port: int) -> bool:
@@ -108,8 +109,7 @@ class Server:
     """One server, which may be started again and again.
 
     command: makes the command line for a port. log: file that it writes to, appended to. name: for people.
-    environment: what it gets beside this process's. port: the one to take; 0 finds one at each start that is free,
-    from `first_port` on.
+    environment: what it gets beside this process's. port: the one to take; 0 finds one at each start.
     """
 
     def __init__(
@@ -120,12 +120,10 @@ class Server:
         *,
         environment: dict[str, str] | None = None,
         port: int = 0,
-        first_port: int = FIRST_PORT,
     ):
         self.command, self.log, self.name = command, log, name
         self.environment = environment or {}
         self.wanted_port = self.port = port
-        self.first_port = first_port
         self.process: subprocess.Popen | None = None
         self.started = time.monotonic()
 
@@ -138,7 +136,7 @@ class Server:
 
         Raises EngineError with the last lines of its log if it dies or does not become healthy.
         """
-        self.port = self.wanted_port or free_port(self.first_port)
+        self.port = self.wanted_port or free_port()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(NOT_FOR_SERVERS)}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "a", encoding="utf-8") as file:
