@@ -33,7 +33,7 @@ from minitau.engines.server import NoAnswer, Server, free_port, request
 from minitau.engines.sglang import SGLangEngine, read_completion
 from minitau.episode import EngineError, Sampling
 
-long = pytest.mark.skipif(not os.environ.get("MINITAU_SGLANG_ALL"), reason="takes long; MINITAU_SGLANG_ALL=1 runs it")
+long = pytest.mark.skipif(not os.environ.get("MINITAU_SGLANG_ALL"), reason="long: MINITAU_SGLANG_ALL=1 runs it")
 SOFT = Sampling(temperature=0.7, max_new_tokens=12)
 LONG = Sampling(temperature=0.7, max_new_tokens=150)
 
@@ -228,7 +228,9 @@ sys.exit(run_script("owner", body, []))
 """
 
 
-@pytest.mark.parametrize("end", ["close", "exception", "SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize(
+    "end", ["SIGINT", "SIGKILL", *(pytest.param(each, marks=long) for each in ("close", "exception", "SIGTERM"))]
+)
 def test_no_server_outlives_its_owner(model_dir, tmp_path, end):
     command = [*shlex.split(FAKE_SGLANG), "--model-path", str(model_dir), "--host", "127.0.0.1"]
     owner = subprocess.Popen(
@@ -507,6 +509,7 @@ def test_grpo_through_servers_of_its_own(tiny_dir, tmp_path, ranks):
     assert json.loads((evaluated / "results.json").read_text())[-1]["errors"] == 0
 
 
+@long
 def test_a_server_that_dies_on_one_of_two_ranks_gets_the_weights_of_both(tiny_dir, tmp_path):
     out = tmp_path / "run"
     flags = [*SMALL_GRPO.split(), "--engine-command", FAKE_SGLANG, "--model", str(tiny_dir), "--out", str(out)]
@@ -519,6 +522,7 @@ def test_a_server_that_dies_on_one_of_two_ranks_gets_the_weights_of_both(tiny_di
     assert not any(line["stops"].get("engine_error") for line in lines)
 
 
+@long
 def test_deaths_without_end_leave_the_checkpoint_whole(tiny_dir, tmp_path):
     out = tmp_path / "run"
     flags = [*SMALL_GRPO.split(), "--engine-command", FAKE_SGLANG, "--model", str(tiny_dir), "--out", str(out)]
@@ -536,6 +540,7 @@ def tasks_seen(out, step):
     return set(state["curriculum"]["tallies"])
 
 
+@long
 def test_a_batch_is_played_while_another_is_trained_on(tiny_dir, tmp_path):
     out = tmp_path / "run"
     flags = [*SMALL_GRPO.split(), "--engine-command", FAKE_SGLANG, "--model", str(tiny_dir), "--out", str(out)]
