@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from conftest import FAKE_SGLANG, FOR_THE_FAKE, ROOT
@@ -286,11 +286,12 @@ def test_litellm_speaks_to_it(base, chat):
 def test_sglang_is_served_until_it_is_interrupted_and_started_again_when_it_dies(tiny_dir, tmp_path):
     log = tmp_path / "log"
     command = [sys.executable, "serve_user.py", "--model", str(tiny_dir), "--port", "0", "--log", str(log)]
-    with open(tmp_path / "said", "w+") as said:
+    with open(tmp_path / "said", "w+") as said, ExitStack() as at_the_end:
         process = subprocess.Popen(
             [*command, "--gpus", "2,3", "--mem-fraction", "0.2", "--engine-command", FAKE_SGLANG],
             cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **FOR_THE_FAKE},
         )  # fmt: skip
+        at_the_end.callback(process.kill)  # also when the test fails
 
         def urls(n):
             """The first n addresses that it said to be ready."""
