@@ -79,14 +79,14 @@ def read_config(model_dir: str | Path) -> ModelConfig:
     return ModelConfig(**{name: row[name] for name in names})
 
 
-def load_model(model_dir: str | Path, *, activation_checkpointing: bool = False) -> Qwen3:
+def load_model(model_dir: str | Path) -> Qwen3:
     """A Qwen3 on the CPU in fp32 from single or sharded safetensors, tied or untied.
 
     Raises CheckpointError, naming the tensor or file, if the directory does not hold such a model.
     """
     cfg = read_config(model_dir)
     with torch.device("meta"):
-        model = Qwen3(cfg, activation_checkpointing)
+        model = Qwen3(cfg)
     model.to_empty(device="cpu")
     wanted = dict(model.named_parameters())
     seen = set()

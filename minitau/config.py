@@ -102,7 +102,13 @@ class Training:
     weight_decay: float = setting(0.01, "of AdamW")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm")
     micro_batch_tokens: int = setting(16_384, "packed tokens of one forward at most")
-    activation_checkpointing: bool = setting(False, "recompute blocks in backward to save memory")
+    recompute: str = setting(
+        "auto",
+        "blocks whose activations backward computes again, to save memory: as many as a GPU's memory asks for (on a "
+        "CPU none), all, or none",
+        ("auto", "all", "none"),
+    )
+    compile: bool = setting(True, "on a GPU: fuse each block's small kernels; costs about a minute at the start")
     save_every: int = setting(10, "optimizer steps between checkpoints")
     keep: int = setting(2, "checkpoints kept")
     wandb: bool = setting(False, "also log to Weights & Biases (pip install wandb)")
@@ -292,7 +298,7 @@ ENV_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 # tau2-4b: the settings of the published pipeline.
-TAU2_TRAINING = {"dtype": "bfloat16", "activation_checkpointing": True, "micro_batch_tokens": 32_768}
+TAU2_TRAINING = {"dtype": "bfloat16", "micro_batch_tokens": 32_768}
 TAU2_EPISODES = {"env": "tau2", "max_new_tokens": 4096, "engine": "sglang"}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "courier": {"sft": {}, "rft": {}, "grpo": {}},

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitau import batch, checkpoint, config, parallel
+from minitau import batch, checkpoint, config, memory, parallel
+from minitau.attention import packed_attention
 from minitau.chat import Chat, load_chat
 from minitau.episode import BadInput, Trajectory
 from minitau.log import MetricsLog, write_jsonl
-from minitau.model import Qwen3, packed_attention
+from minitau.model import Qwen3
 
 
 @dataclass
@@ -42,11 +43,13 @@ def open_run(stage: str, cfg: config.Training, **also: str) -> Run:
     `also`: what else makes the run what it is, recorded with its settings.
     """
     chat = open_chat(cfg.model, cfg.dialect)
-    model = checkpoint.load_model(cfg.model, activation_checkpointing=cfg.activation_checkpointing)
+    model = checkpoint.load_model(cfg.model)
     folder = Path(cfg.out)
     chat.check_vocabulary(model.cfg.vocab_size)
     claim_run_dir(cfg.out, cfg.resume, {"stage": stage, **dataclasses.asdict(cfg), **also})
     model.to(parallel.device())
+    if parallel.device().type == "cuda" and cfg.compile:
+        model.compile_blocks()
     parallel.shard(model, model.model.layers, getattr(torch, cfg.dtype))
     optimizer = adamw(model, cfg)
     state = checkpoint.load(folder, model, optimizer) if cfg.resume else None
@@ -88,7 +91,8 @@ def adamw(model: Qwen3, cfg: config.Training) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
+    fused = parallel.device().type == "cuda"
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
 
 
 def micro_batches(cfg: config.Training, samples: Sequence[batch.Sample]) -> list[batch.MicroBatch]:
@@ -123,6 +127,7 @@ def update(
     """
     for group in run.optimizer.param_groups:
         group["lr"] = lr
+    run.model.keep = memory.tokens_to_keep(cfg.recompute, run.model, run.optimizer, cfg.micro_batch_tokens)
     sums: dict[str, Tensor] = {}
     for mb in mbs:
         loss, shown = loss_of(mb)

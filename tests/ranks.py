@@ -5,6 +5,7 @@ processes. Each rank writes FOLDER/rank-N.pt, a dict of what it found; the test 
 """
 
 import dataclasses
+import math
 import resource
 import sys
 import threading
@@ -55,12 +56,10 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> No
             parameter.copy_(whole)
 
 
-def new_run(
-    seed: int = 0, activation_checkpointing: bool = False, dtype: torch.dtype = torch.float32, **shape
-) -> runs.Run:
+def new_run(seed: int = 0, keep: float = math.inf, dtype: torch.dtype = torch.float32, **shape) -> runs.Run:
     """An open run without a folder: the model, sharded if there are ranks, and its optimizer."""
     model = small_model(seed, **shape)
-    model.activation_checkpointing = activation_checkpointing
+    model.keep = keep
     parallel.shard(model, model.model.layers, dtype)
     return runs.Run(Path(), None, model, runs.adamw(model, CFG), None)
 
@@ -157,7 +156,7 @@ def main(folder: Path) -> None:
     # One sample for two ranks: the second one only takes part.
     run, reference = new_run(), new_reference()
     found["one sample"] = gradients_of(run, reference, samples_of(n=1))
-    recomputing = new_run(activation_checkpointing=True)
+    recomputing = new_run(keep=0)
     found["recomputed"] = gradients_of(recomputing, reference, samples_of())
 
     # Three steps, a checkpoint, two more.

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from minitau import checkpoint, config, parallel
 from minitau import run as runs
+from minitau.attention import packed_attention
 from minitau.checkpoint import CheckpointError
 from minitau.episode import BadInput
-from minitau.model import packed_attention
 
 # parallel.py silences it for real runs; pytest starts every test with filters of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -18,11 +18,11 @@ import torch
 from conftest import sglang_server, small_model
 
 from minitau import checkpoint, config, engines
+from minitau.attention import packed_attention
 from minitau.engines.local import CACHE_STEP, SHARED_PREFIX, LocalEngine
 from minitau.engines.rounded import rounded
 from minitau.engines.sglang import SGLangEngine
 from minitau.episode import Completion, EngineError, Sampling
-from minitau.model import packed_attention
 
 ENGINES = ("local", "sglang")
 STOP = frozenset({0, 1, 2, 3, 4})  # of 97 tokens: most replies of up to 12 tokens end by length, many by a stop

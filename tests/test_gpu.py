@@ -15,10 +15,11 @@ import torch
 from conftest import FAKE_SGLANG, FOR_THE_FAKE
 
 from minitau import checkpoint
+from minitau.attention import causal_sdpa, packed_attention
 from minitau.chat import load_chat
 from minitau.engines.local import LocalEngine
 from minitau.episode import Sampling
-from minitau.model import ModelConfig, Qwen3, causal_sdpa, init_weights, packed_attention
+from minitau.model import ModelConfig, Qwen3, init_weights
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -35,7 +36,7 @@ def test_varlen_attention_equals_one_sdpa_a_sequence():
     bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     q, k, v = (torch.randn(sum(lengths), heads, 64, device="cuda", requires_grad=True) for heads in (8, 2, 2))
     half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
-    out = packed_attention(bounds, "cuda", torch.bfloat16)(0, *half)
+    out = next(iter(packed_attention(bounds, "cuda", torch.bfloat16)))(*half)
     exact = torch.cat([causal_sdpa(*part) for part in zip(q.split(lengths), k.split(lengths), v.split(lengths))])
     push = torch.randn_like(exact)
     (out.float() * push).sum().backward()
@@ -98,7 +99,7 @@ def test_grpo_in_bf16_over_nccl(tiny_dir, tmp_path, ranks):
     out = tmp_path / "run"
     flags = (
         "--stage grpo --dtype bfloat16 --steps 2 --tasks 8 --tasks-per-step 4 --group-size 2 --no-dynamic-sampling "
-        "--lr 1e-3 --max-new-tokens 24 --updates-per-step 2 --activation-checkpointing"
+        "--lr 1e-3 --max-new-tokens 24 --updates-per-step 2 --recompute all"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     command = [*torchrun, "train.py", "--model", str(tiny_dir), "--out", str(out), *flags.split()]

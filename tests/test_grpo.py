@@ -10,8 +10,8 @@ from conftest import SMALL, small_model, trajectory
 
 import train
 from minitau import batch, config, grpo
+from minitau.attention import packed_attention
 from minitau.episode import Stop
-from minitau.model import packed_attention
 
 LN2 = math.log(2)
 

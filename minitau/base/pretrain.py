@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from minitau import checkpoint, config, parallel, tiny
+from minitau.attention import packed_attention
 from minitau.base import words
 from minitau.base.talk import draw_conversation
 from minitau.chat import Chat, call_text, load_chat
@@ -32,7 +33,7 @@ from minitau.config import setting
 from minitau.engines.local import LocalEngine
 from minitau.episode import BadInput, Message, Sampling
 from minitau.log import run_script
-from minitau.model import Qwen3, packed_attention
+from minitau.model import Qwen3
 from minitau.run import adamw
 from minitau.sft import Conversation, to_trajectory
 

@@ -17,15 +17,19 @@ from __future__ import annotations
 import math
 import random
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minitau.attention import causal_sdpa
 from minitau.episode import Completion, EngineError, Sampling
-from minitau.model import Attend, Qwen3, causal_sdpa
+from minitau.model import Qwen3
+
+AttendLayer = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (T,H,d), k and v (T,K,d) -> (T,H,d)
 
 SHARED_PREFIX = 32  # tokens that must agree before copying another slot's cache pays
 PREFILL_TOKENS = 16_384  # at most so many new tokens in one forward
@@ -240,13 +244,14 @@ class LocalEngine:
         slots = [r.slot.index for r in requests]
         decode = all(len(feed) == 1 for feed in feeds)
         attend = (self.attend_one if decode else self.attend_many)(slots, starts, [len(f) for f in feeds], positions_T)
-        hidden_TD = self.model.hidden(ids_T, positions_T, attend)
+        layers = [partial(attend, layer) for layer in range(self.model.cfg.num_hidden_layers)]
+        hidden_TD = self.model.hidden(ids_T, positions_T, layers)
         last_B = torch.tensor([len(feed) for feed in feeds], device=device).cumsum(0) - 1
         for request, feed in zip(requests, feeds):
             request.slot.ids += feed
         self.sample(requests, self.model.logits(hidden_TD[last_B]))
 
-    def attend_many(self, slots: list[int], starts: list[int], lengths: list[int], positions_T: Tensor) -> Attend:
+    def attend_many(self, slots: list[int], starts: list[int], lengths: list[int], positions_T: Tensor) -> AttendLayer:
         """Attention for prefill: each request's new tokens over its own slot, one SDPA call each."""
         slots_T = torch.tensor([s for s, n in zip(slots, lengths) for _ in range(n)], device=positions_T.device)
 
@@ -264,7 +269,7 @@ class LocalEngine:
 
         return attend
 
-    def attend_one(self, slots: list[int], starts: list[int], lengths: list[int], positions_T: Tensor) -> Attend:
+    def attend_one(self, slots: list[int], starts: list[int], lengths: list[int], positions_T: Tensor) -> AttendLayer:
         """Attention for decoding: one new token a request, all in one SDPA call over the cache.
 
         The call reads the cache in place, over the smallest range of slots that holds everyone; the

@@ -1,0 +1,355 @@
+"""How fast the trainer is at a 4B model's shape on one GPU, what memory it takes, and whether its numbers are right.
+
+    python benchmarks/trainer.py --parts speed,memory,numbers --out trainer.json
+
+Random weights, fp32 master weights and AdamW, bf16 compute, through train.sft_loss and run.update as they are. Prints
+one JSON object:
+
+speed     seconds of a step (forward, loss, backward, clipping, AdamW) on 16,384 packed tokens of mixed lengths, all of
+          them predicted, one micro-batch; tokens/s, MFU (see mfu.py) and peak memory, for several settings; where the
+          time goes by kind of kernel
+memory    the same for 32,768 tokens; and the peak of the head alone for three vocabularies
+numbers   differences of log-probabilities and gradients to transformers' model in fp32 on the same weights; compiled or
+          not, recomputed or not
+
+`--shape tiny` runs the same on a CPU, to see that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import train
+from minitau import attention, batch, config, memory, parallel, run
+from minitau.head import HeadLogprobs
+from minitau.model import ModelConfig, Qwen3
+
+SHAPES = {"4b": ModelConfig(), "tiny": ModelConfig(512, 64, 128, 3, 4, 2, 16)}
+LENGTHS = {
+    "4b": [8192, 4096, 2048, 1024, 512, 256, 128, 64, 64],
+    "tiny": [64, 32, 16],
+}
+PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200, by the datasheet
+
+
+def mfu(cfg: ModelConfig, lengths: list[int], seconds: float) -> float:
+    """Model FLOPs utilisation: 6 N T for the matrix products, 6 L H d sum(len^2) for causal attention (half of the
+    square), over the time and the peak. What is computed twice counts once."""
+    attend = 6 * cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim * sum(n * n for n in lengths)
+    return (6 * memory.parameters(cfg) * sum(lengths) + attend) / seconds / PEAK_FLOPS
+
+
+# -- a run without a folder --------------------------------------------------------------------------------
+
+
+def settings(args: argparse.Namespace, lengths: list[int], **also: Any) -> config.SFT:
+    return config.SFT(dtype=args.dtype, micro_batch_tokens=sum(lengths), **also)
+
+
+def open_run(args: argparse.Namespace, cfg: config.SFT) -> SimpleNamespace:
+    """What run.update takes of a run: a random model, sharded, and its optimizer."""
+    device = parallel.device()
+    with torch.device(device):
+        model = Qwen3(SHAPES[args.shape])
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0.0, 0.02)
+    if device.type == "cuda" and cfg.compile:
+        model.compile_blocks()
+    parallel.shard(model, model.model.layers, getattr(torch, cfg.dtype))
+    return SimpleNamespace(model=model, optimizer=run.adamw(model, cfg))
+
+
+def micro_batch(cfg: ModelConfig, lengths: list[int], seed: int = 0) -> batch.MicroBatch:
+    """Random ids; every token but the first of a sequence is predicted."""
+    device = parallel.device()
+    generator = torch.Generator(device).manual_seed(seed)
+    ids_T = torch.randint(5, cfg.vocab_size, (sum(lengths),), generator=generator, device=device)
+    positions_T = torch.cat([torch.arange(n, device=device) for n in lengths])
+    targets_N = positions_T.nonzero().squeeze(1)
+    values_N = torch.zeros(len(targets_N), device=device)
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    weights_N = torch.full_like(values_N, 1 / len(targets_N))
+    sequence_N = torch.zeros_like(targets_N)
+    return batch.MicroBatch(
+        ids_T, positions_T, bounds, targets_N - 1, ids_T[targets_N], sequence_N, values_N, values_N, weights_N
+    )
+
+
+def free_everything() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_gb() -> float:
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+
+
+# -- speed -------------------------------------------------------------------------------------------------
+
+
+def measure_steps(
+    args: argparse.Namespace, opened: SimpleNamespace, cfg: config.SFT, lengths: list[int], steps: int
+) -> dict[str, Any]:
+    """Median step after two to warm up."""
+    shape, seconds = opened.model.cfg, []
+    free_everything()
+
+    def loss_of(mb: batch.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        return train.sft_loss(opened.model, mb, cfg.dtype)
+
+    start_all = time.perf_counter()
+    for step in range(2 + steps):
+        mb = micro_batch(shape, lengths, seed=step)
+        synchronize()
+        start = time.perf_counter()
+        result = run.update(opened, cfg, [mb], loss_of, 1e-6)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+        if step == 1:
+            warm = time.perf_counter() - start_all
+    median = statistics.median(seconds[2:])
+    return {
+        "seconds": seconds[2:],
+        "median": median,
+        "tokens_per_second": sum(lengths) / median,
+        "mfu": mfu(shape, lengths, median),
+        "peak_gb": peak_gb(),
+        "recomputed_blocks": opened.model.recomputed(sum(lengths)),
+        "warm_up_seconds": warm,
+        "loss": result["loss"],
+        "grad_norm": result["grad_norm"],
+    }
+
+
+def kernel_times(opened: SimpleNamespace, cfg: config.SFT, lengths: list[int]) -> dict[str, float]:
+    """Milliseconds of one step on the GPU by kind of kernel, and of the longest kernels by name."""
+    mb = micro_batch(opened.model.cfg, lengths)
+    synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run.update(opened, cfg, [mb], lambda mb: train.sft_loss(opened.model, mb, cfg.dtype), 1e-6)
+        synchronize()
+    kinds: dict[str, float] = defaultdict(float)
+    names: dict[str, float] = defaultdict(float)
+    for event in profiler.key_averages():
+        spent = event.self_device_time_total / 1e3
+        kinds[kind_of(event.key)] += spent
+        names[event.key[:90]] += spent
+    longest = dict(sorted(names.items(), key=lambda pair: -pair[1])[:25])
+    return {**{f"{kind} (sum)": spent for kind, spent in kinds.items()}, **longest}
+
+
+KINDS = {
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
+    "attention": ("flash", "attn"),
+    "AdamW": ("adam",),
+    "compiled": ("triton",),
+    "copies": ("memcpy", "memset", "copy", "cat", "split"),
+}
+
+
+def kind_of(kernel: str) -> str:
+    name = kernel.lower()
+    if "flash" in name or "attn" in name:  # before cutlass, in whose names it stands as well
+        return "attention"
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
+
+
+def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
+    lengths = LENGTHS[args.shape]
+    found: dict[str, Any] = {"lengths": lengths}
+    cfg = settings(args, lengths)
+    opened = open_run(args, cfg)
+    for recompute in ("auto", "all"):
+        each = settings(args, lengths, recompute=recompute)
+        found[f"recompute {recompute}"] = measure_steps(args, opened, each, lengths, args.steps)
+    if torch.cuda.is_available():
+        found["kernels_ms"] = kernel_times(opened, cfg, lengths)
+    if args.kernels and torch.cuda.is_available():
+        attention.kernel = lambda: attention.torch_varlen
+        torch._dynamo.reset()
+        found["torch's attention"] = measure_steps(args, opened, cfg, lengths, args.steps)
+        attention.kernel = KERNEL
+    if args.eager:
+        torch.compiler.set_stance("force_eager")
+        found["not compiled"] = measure_steps(args, opened, cfg, lengths, args.steps)
+        torch.compiler.set_stance("default")
+    return found
+
+
+KERNEL = attention.kernel
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+
+def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Twice the tokens in one micro-batch; and the head's peak, which no vocabulary should change."""
+    lengths = [2 * n for n in LENGTHS[args.shape]]
+    cfg = settings(args, lengths)
+    opened = open_run(args, cfg)
+    found = {"step": measure_steps(args, opened, cfg, lengths, 2)}
+    shape = opened.model.cfg
+    found["step"]["needs_gb"] = {k: v / 1e9 for k, v in vars(memory.needs(shape, sum(lengths), 1)).items()}
+    del opened
+    free_everything()
+    found["head_extra_gb"] = {
+        str(size): head_extra_gb(shape, size, sum(lengths), getattr(torch, args.dtype))
+        for size in (shape.vocab_size // 4, shape.vocab_size, 4 * shape.vocab_size)
+    }
+    return found
+
+
+def head_extra_gb(shape: ModelConfig, vocabulary: int, tokens: int, dtype: torch.dtype) -> float:
+    """Peak memory of the head's forward and backward, less its inputs and the gradient of its weight."""
+    device = parallel.device()
+    hidden = torch.randn(tokens, shape.hidden_size, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, shape.hidden_size, device=device, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocabulary, (tokens,), device=device)
+    for _ in range(2):
+        hidden.grad = weight.grad = None
+        free_everything()
+        before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        logprobs, _ = HeadLogprobs.apply(hidden, weight, targets, 1.0)
+        logprobs.sum().backward()
+        peak = peak_gb() - before / 1e9
+    of_weight = weight.numel() * (4 + dtype.itemsize) / 1e9  # its gradient, as sum in fp32 and as result
+    return peak - of_weight
+
+
+# -- numbers -----------------------------------------------------------------------------------------------
+
+
+def measure_numbers(args: argparse.Namespace) -> dict[str, Any]:
+    """Log-probabilities of the same weights and tokens, and the gradient of their mean, computed several ways."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shape, device = SHAPES[args.shape], parallel.device()
+    lengths = [2048, 512, 64] if args.shape == "4b" else LENGTHS["tiny"]
+    mb = micro_batch(shape, lengths)
+    with torch.device(device):
+        exact = Qwen3(shape)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in exact.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0.0, 0.02)
+        theirs_cfg = Qwen3Config(**vars(shape), attn_implementation="sdpa")
+        theirs = Qwen3ForCausalLM(theirs_cfg).float()
+    theirs.load_state_dict(exact.state_dict(), strict=False)
+    theirs.tie_weights()
+    found: dict[str, Any] = {"lengths": lengths}
+    with torch.no_grad():
+        reference = of_transformers(theirs, mb)
+        found["fp32"] = difference(run.forward(exact, mb, 1.0, "float32")[0], reference)
+        theirs.bfloat16()
+        found["transformers in bf16"] = difference(of_transformers(theirs, mb), reference)
+    del theirs
+    free_everything()
+    gradient32, _ = gradient_of(exact, mb, "float32")
+    half = exact.bfloat16()
+    if device.type == "cuda":
+        half.compile_blocks()
+    gradients = {}
+    for name, keep, stance in (
+        ("compiled", float("inf"), "default"),
+        ("compiled, recomputed", 0, "default"),
+        ("eager", float("inf"), "force_eager"),
+    ):
+        torch.compiler.set_stance(stance)
+        half.keep = keep
+        gradients[name], logprobs = gradient_of(half, mb, "bfloat16")
+        found[f"bf16, {name}"] = difference(logprobs, reference) | {
+            "gradient_relative_to_fp32": relative(gradients[name], gradient32),
+            "gradient_relative_to_compiled": relative(gradients[name], gradients["compiled"]),
+        }
+    torch.compiler.set_stance("default")
+    return found
+
+
+def of_transformers(model: Any, mb: batch.MicroBatch) -> Tensor:
+    """Sequence by sequence; (N,)."""
+    found, ids_by_sequence = [], mb.ids_T.split([b - a for a, b in zip(mb.cu_seqlens, mb.cu_seqlens[1:])])
+    for ids in ids_by_sequence:
+        log_p = model(ids[None]).logits[0].float().log_softmax(-1)
+        found.append(log_p[:-1].gather(1, ids[1:, None])[:, 0])
+    return torch.cat(found)
+
+
+def gradient_of(model: Qwen3, mb: batch.MicroBatch, dtype: str) -> tuple[Tensor, Tensor]:
+    """The gradient of the mean log-probability with respect to some weights of every kind, as one fp32 vector on the
+    CPU; and the log-probabilities."""
+    model.zero_grad()
+    logprobs_N, _ = run.forward(model, mb, 1.0, dtype)
+    logprobs_N.mean().backward()
+    last = len(model.model.layers) - 1
+    names = ("embed_tokens", "layers.0.", f"layers.{last // 2}.", f"layers.{last}.", "model.norm")
+    parts = [p.grad.flatten().float().cpu() for n, p in model.named_parameters() if any(name in n for name in names)]
+    model.zero_grad()
+    return torch.cat(parts), logprobs_N.detach()
+
+
+def difference(found: Tensor, reference: Tensor) -> dict[str, float]:
+    gaps = (found.float() - reference.float()).abs()
+    return {"mean": float(gaps.mean()), "max": float(gaps.max())}
+
+
+def relative(found: Tensor, reference: Tensor) -> float:
+    return float((found - reference).norm() / reference.norm())
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "speed": measure_speed,
+    "memory": measure_memory,
+    "numbers": measure_numbers,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument("--shape", choices=SHAPES, default="4b")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each setting")
+    parser.add_argument("--kernels", action="store_true", help="speed: with torch's attention as well")
+    parser.add_argument("--eager", action="store_true", help="speed: not compiled as well")
+    parser.add_argument("--out", default="", help="file for the JSON, written after each part")
+    args = parser.parse_args()
+    parallel.start()
+    result: dict[str, Any] = {"shape": args.shape, "torch": torch.__version__}
+    if torch.cuda.is_available():
+        result |= {"gpu": torch.cuda.get_device_name(), "attention": attention.kernel().__name__}
+    try:
+        for part in args.parts.split(","):
+            result[part] = PARTS[part](args)
+            free_everything()
+            if args.out:
+                Path(args.out).write_text(json.dumps(result, indent=1))
+    finally:
+        parallel.stop()
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Log-probabilities and entropies of tokens under the LM head, without ever holding (N, V) logits.
+
+Shapes: N predicted tokens, V vocabulary, D hidden. The rows are taken some at a time, in forward and again in
+backward, so that the memory depends on neither N nor V: LOGITS logits exist at once. This file knows no model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOGITS = 2048 * 151_936  # in bf16 they are 0.62 GB, and their gradient as much
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """log p(targets) and entropy, (N,) fp32 each, under p = softmax(z) with z = hidden @ weight.T / temperature.
+
+    d log p[t] / dz = onehot(t) - p,  d entropy / dz = -p * (log p + entropy).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float):
+        logprobs_N = hidden_ND.new_empty(len(targets_N), dtype=torch.float32)
+        entropy_N, lse_N = torch.empty_like(logprobs_N), torch.empty_like(logprobs_N)
+        for rows in row_chunks(len(targets_N), len(weight_VD)):
+            logits = F.linear(hidden_ND[rows], weight_VD)
+            of_rows = fused(statistics, logits.device.type)(logits, targets_N[rows], temperature)
+            logprobs_N[rows], lse_N[rows], entropy_N[rows] = of_rows
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, logprobs_N, lse_N, entropy_N)
+        ctx.temperature = temperature
+        return logprobs_N, entropy_N
+
+    @staticmethod
+    def backward(ctx, grad_logprobs_N: Tensor, grad_entropy_N: Tensor):
+        hidden_ND, weight_VD, targets_N, logprobs_N, lse_N, entropy_N = ctx.saved_tensors
+        grad_hidden_ND = torch.empty_like(hidden_ND)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        for rows in row_chunks(len(targets_N), len(weight_VD)):
+            logits = F.linear(hidden_ND[rows], weight_VD)
+            of_rows = [entropy_N[rows], grad_logprobs_N[rows], grad_entropy_N[rows], ctx.temperature]
+            grad_logits = fused(elsewhere, logits.device.type)(logits, lse_N[rows], *of_rows)
+            grad_target = away(logprobs_N[rows], *of_rows) + grad_logprobs_N[rows] / ctx.temperature
+            grad_logits.scatter_(-1, targets_N[rows, None], grad_target[:, None].to(grad_logits.dtype))
+            torch.mm(grad_logits, weight_VD, out=grad_hidden_ND[rows])
+            accumulate(grad_weight_VD, grad_logits.T, hidden_ND[rows])
+        return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None
+
+
+def statistics(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log p(target), log-sum-exp and entropy, (N,) fp32 each."""
+    z = logits_NV.float() / temperature
+    lse_N = z.logsumexp(-1)
+    logprobs_N = z.gather(-1, targets_N[:, None]).squeeze(-1) - lse_N
+    log_p = z - lse_N[:, None]
+    return logprobs_N, lse_N, -(log_p.exp() * log_p).sum(-1)
+
+
+def away(log_p: Tensor, entropy: Tensor, grad_logprob: Tensor, grad_entropy: Tensor, temperature: float) -> Tensor:
+    """The gradient of logits that are no targets: all in fp32, of any shapes that fit each other."""
+    return -log_p.exp() * (grad_logprob + grad_entropy * (log_p + entropy)) / temperature
+
+
+def elsewhere(logits_NV: Tensor, lse_N: Tensor, *of_rows: Any) -> Tensor:
+    """`away` for (N, V) logits, in their dtype. At the targets themselves it is wrong."""
+    *columns, temperature = of_rows
+    log_p = logits_NV.float() / temperature - lse_N[:, None]
+    return away(log_p, *(each[:, None] for each in columns), temperature).to(logits_NV.dtype)
+
+
+def accumulate(sum_VD: Tensor, a_VN: Tensor, b_ND: Tensor) -> None:
+    """sum_VD += a @ b, of which the sum is fp32: on a GPU in one pass over it, and without rounding the product."""
+    if a_VN.is_cuda and a_VN.dtype != torch.float32:
+        torch.addmm(sum_VD, a_VN, b_ND, out_dtype=torch.float32, out=sum_VD)
+    else:
+        sum_VD += a_VN @ b_ND
+
+
+@functools.cache
+def fused(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """`function` as one kernel that reads its (N, V) input once or twice, on a GPU."""
+    return torch.compile(function, dynamic=True) if device == "cuda" else function
+
+
+def row_chunks(n: int, vocabulary: int) -> list[slice]:
+    """The n rows in pieces of at most LOGITS logits each."""
+    rows = max(1, LOGITS // vocabulary)
+    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]

@@ -1,0 +1,100 @@
+"""What training needs of a GPU's memory, in bytes, and how many activations may be kept.
+
+The formulas know a model's shape and how it is trained; `tokens_to_keep` asks the GPU what is free. They hold for
+bf16 compute over fp32 master weights; benchmarks/trainer.py measures what they say.
+
+Letters: D hidden, I intermediate, H and K query and key/value heads of size d, V vocabulary, L layers; T tokens of a
+micro-batch, W ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from minitau import head, parallel
+from minitau.model import ModelConfig, Qwen3
+
+MASTER, ADAM, GRADIENT = 4, 8, 4  # bytes a parameter, in fp32, divided among the ranks
+HALF = 2  # bytes of a number in bf16
+SLACK = 0.04  # part of the GPU that is left alone: the allocator's gaps, and what libraries take
+
+
+def block_parameters(cfg: ModelConfig) -> int:
+    """Parameters of one block."""
+    heads = cfg.num_attention_heads + cfg.num_key_value_heads
+    attention = 2 * cfg.hidden_size * heads * cfg.head_dim
+    return attention + 3 * cfg.hidden_size * cfg.intermediate_size + 2 * cfg.hidden_size + 2 * cfg.head_dim
+
+
+def parameters(cfg: ModelConfig) -> int:
+    """Parameters of the model; a tied embedding counts once."""
+    embeddings = (1 if cfg.tie_word_embeddings else 2) * cfg.vocab_size * cfg.hidden_size
+    return cfg.num_hidden_layers * block_parameters(cfg) + embeddings + cfg.hidden_size
+
+
+def kept_by_block(cfg: ModelConfig) -> int:
+    """Bytes a token that one block keeps for its backward: what enters it, is normed, projected, attended to and
+    multiplied. (The compiler computes again what is cheap: the norms' outputs, SwiGLU's product.)"""
+    query, key = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+    residuals = 2 * cfg.hidden_size
+    attention = 2 * (query + key) + key + query  # before and after norm and RoPE; the values; the output
+    return HALF * (residuals + attention + 3 * cfg.intermediate_size) + 4 * cfg.num_attention_heads
+
+
+def kept_by_recomputed(cfg: ModelConfig) -> int:
+    """Bytes a token that a block keeps which is computed again: what enters it."""
+    return HALF * cfg.hidden_size
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes on one GPU at the height of an update."""
+
+    weights: int  # master weights, this rank's part
+    optimizer: int
+    gradients: int
+    gathered: int  # bf16 copies of what is being used: embedding and head, two blocks, and a block's gradients
+    head: int  # logits of one piece, their gradient, the head's gradient in fp32 and bf16
+    inputs: int  # of each block, and of the head
+    working: int  # a block's backward beside what was kept
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+def needs(cfg: ModelConfig, tokens: int, ranks: int) -> Needs:
+    """Of training on micro-batches of `tokens` over `ranks` GPUs, if every block is computed again in backward."""
+    whole, block, embedding = parameters(cfg), block_parameters(cfg), cfg.vocab_size * cfg.hidden_size
+    ends = whole - cfg.num_hidden_layers * block
+    return Needs(
+        weights=MASTER * whole // ranks,
+        optimizer=ADAM * whole // ranks,
+        gradients=GRADIENT * whole // ranks,
+        gathered=HALF * (2 * ends + 4 * block),
+        head=2 * HALF * min(head.LOGITS, tokens * cfg.vocab_size) + 6 * embedding,
+        inputs=tokens * ((cfg.num_hidden_layers + 4) * kept_by_recomputed(cfg)),
+        working=tokens * 3 * kept_by_block(cfg) // 2,
+    )
+
+
+def tokens_to_keep(recompute: str, model: Qwen3, optimizer: torch.optim.Optimizer, tokens: int) -> float:
+    """See Qwen3.keep: for how many tokens, summed over blocks, this GPU has room now, before an update.
+
+    recompute: as --recompute. tokens: of a micro-batch at most.
+    """
+    device = model.head_weight.device
+    if recompute != "auto" or device.type != "cuda":
+        return 0.0 if recompute == "all" else math.inf
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    own = sum(parallel.local(parameter).numel() for parameter in model.parameters())
+    need = needs(model.cfg, tokens, 1)
+    to_come = own * (GRADIENT + (0 if optimizer.state else ADAM)) + sum(
+        (need.gathered, need.head, need.inputs, need.working)
+    )
+    room = free - to_come - SLACK * total
+    return max(0.0, room / (kept_by_block(model.cfg) - kept_by_recomputed(model.cfg)))
