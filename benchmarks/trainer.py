@@ -110,9 +110,9 @@ def peak_gb() -> float:
 
 
 def measure_steps(
-    args: argparse.Namespace, opened: SimpleNamespace, cfg: config.SFT, lengths: list[int], steps: int
+    opened: SimpleNamespace, cfg: config.SFT, lengths: list[int], steps: int, micro_batches: int = 1
 ) -> dict[str, Any]:
-    """Median step after two to warm up."""
+    """Median step after two to warm up, of that many micro-batches of these lengths."""
     shape, seconds = opened.model.cfg, []
     free_everything()
 
@@ -121,10 +121,10 @@ def measure_steps(
 
     start_all = time.perf_counter()
     for step in range(2 + steps):
-        mb = micro_batch(shape, lengths, seed=step)
+        mbs = [micro_batch(shape, lengths, seed=100 * step + i) for i in range(micro_batches)]
         synchronize()
         start = time.perf_counter()
-        result = run.update(opened, cfg, [mb], loss_of, 1e-6)
+        result = run.update(opened, cfg, mbs, loss_of, 1e-6)
         synchronize()
         seconds.append(time.perf_counter() - start)
         if step == 1:
@@ -133,8 +133,8 @@ def measure_steps(
     return {
         "seconds": seconds[2:],
         "median": median,
-        "tokens_per_second": sum(lengths) / median,
-        "mfu": mfu(shape, lengths, median),
+        "tokens_per_second": micro_batches * sum(lengths) / median,
+        "mfu": mfu(shape, lengths, median / micro_batches),
         "peak_gb": peak_gb(),
         "recomputed_blocks": opened.model.recomputed(sum(lengths)),
         "warm_up_seconds": warm,
@@ -183,17 +183,17 @@ def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
     opened = open_run(args, cfg)
     for recompute in ("auto", "all"):
         each = settings(args, lengths, recompute=recompute)
-        found[f"recompute {recompute}"] = measure_steps(args, opened, each, lengths, args.steps)
+        found[f"recompute {recompute}"] = measure_steps(opened, each, lengths, args.steps)
     if torch.cuda.is_available():
         found["kernels_ms"] = kernel_times(opened, cfg, lengths)
     if args.kernels and torch.cuda.is_available():
         attention.kernel = lambda: attention.torch_varlen
         torch._dynamo.reset()
-        found["torch's attention"] = measure_steps(args, opened, cfg, lengths, args.steps)
+        found["torch's attention"] = measure_steps(opened, cfg, lengths, args.steps)
         attention.kernel = KERNEL
     if args.eager:
         torch.compiler.set_stance("force_eager")
-        found["not compiled"] = measure_steps(args, opened, cfg, lengths, args.steps)
+        found["not compiled"] = measure_steps(opened, cfg, lengths, args.steps)
         torch.compiler.set_stance("default")
     return found
 
@@ -205,13 +205,15 @@ KERNEL = attention.kernel
 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Twice the tokens in one micro-batch; and the head's peak, which no vocabulary should change."""
+    """Twice the tokens in a micro-batch, two of them a step; and the head's peak, which no vocabulary should change."""
     lengths = [2 * n for n in LENGTHS[args.shape]]
     cfg = settings(args, lengths)
     opened = open_run(args, cfg)
-    found = {"step": measure_steps(args, opened, cfg, lengths, 2)}
+    found = {"step": measure_steps(opened, cfg, lengths, 2, micro_batches=2)}
     shape = opened.model.cfg
-    found["step"]["needs_gb"] = {k: v / 1e9 for k, v in vars(memory.needs(shape, sum(lengths), 1)).items()}
+    everything = settings(args, lengths, recompute="all")
+    found["all recomputed"] = measure_steps(opened, everything, lengths, 1, micro_batches=2)
+    found["needs_gb"] = {k: v / 1e9 for k, v in vars(memory.needs(shape, sum(lengths), 1)).items()}
     del opened
     free_everything()
     found["head_extra_gb"] = {
@@ -259,11 +261,12 @@ def measure_numbers(args: argparse.Namespace) -> dict[str, Any]:
         theirs = Qwen3ForCausalLM(theirs_cfg).float()
     theirs.load_state_dict(exact.state_dict(), strict=False)
     theirs.tie_weights()
+    frequencies = theirs.model.rotary_emb.inv_freq.clone()
     found: dict[str, Any] = {"lengths": lengths}
     with torch.no_grad():
         reference = of_transformers(theirs, mb)
         found["fp32"] = difference(run.forward(exact, mb, 1.0, "float32")[0], reference)
-        theirs.bfloat16()
+        theirs.bfloat16().model.rotary_emb.inv_freq = frequencies  # which transformers keeps in fp32 when it loads
         found["transformers in bf16"] = difference(of_transformers(theirs, mb), reference)
     del theirs
     free_everything()
@@ -274,6 +277,7 @@ def measure_numbers(args: argparse.Namespace) -> dict[str, Any]:
     gradients = {}
     for name, keep, stance in (
         ("compiled", float("inf"), "default"),
+        ("compiled, once more", float("inf"), "default"),  # attention's backward adds up in any order
         ("compiled, recomputed", 0, "default"),
         ("eager", float("inf"), "force_eager"),
     ):

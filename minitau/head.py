@@ -82,8 +82,8 @@ def accumulate(sum_VD: Tensor, a_VN: Tensor, b_ND: Tensor) -> None:
 
 @functools.cache
 def fused(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """`function` as one kernel that reads its (N, V) input once or twice, on a GPU."""
-    return torch.compile(function, dynamic=True) if device == "cuda" else function
+    """`function` as one kernel that reads its (N, V) input once or twice, on a GPU: compiled for one V and any N."""
+    return torch.compile(function) if device == "cuda" else function
 
 
 def row_chunks(n: int, vocabulary: int) -> list[slice]:

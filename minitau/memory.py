@@ -56,10 +56,9 @@ class Needs:
     weights: int  # master weights, this rank's part
     optimizer: int
     gradients: int
-    gathered: int  # bf16 copies of what is being used: embedding and head, two blocks, and a block's gradients
-    head: int  # logits of one piece, their gradient, the head's gradient in fp32 and bf16
+    gathered: int  # bf16 copies of weights in use, and a block's gradients
     inputs: int  # of each block, and of the head
-    working: int  # a block's backward beside what was kept
+    working: int  # of the head's backward, or of a block's beside what it kept, whichever is more
 
     @property
     def total(self) -> int:
@@ -67,17 +66,19 @@ class Needs:
 
 
 def needs(cfg: ModelConfig, tokens: int, ranks: int) -> Needs:
-    """Of training on micro-batches of `tokens` over `ranks` GPUs, if every block is computed again in backward."""
+    """Of training on micro-batches of `tokens` over `ranks` GPUs, if every block is computed again in backward, from
+    the second micro-batch of an update on: before it there are no gradients."""
     whole, block, embedding = parameters(cfg), block_parameters(cfg), cfg.vocab_size * cfg.hidden_size
-    ends = whole - cfg.num_hidden_layers * block
+    # Several ranks have two blocks at a time, one alone all of them (see parallel.shard).
+    in_use = whole if ranks == 1 else whole - (cfg.num_hidden_layers - 2) * block
+    of_head = 2 * HALF * min(head.LOGITS, tokens * cfg.vocab_size) + (4 + HALF) * embedding
     return Needs(
         weights=MASTER * whole // ranks,
         optimizer=ADAM * whole // ranks,
         gradients=GRADIENT * whole // ranks,
-        gathered=HALF * (2 * ends + 4 * block),
-        head=2 * HALF * min(head.LOGITS, tokens * cfg.vocab_size) + 6 * embedding,
-        inputs=tokens * ((cfg.num_hidden_layers + 4) * kept_by_recomputed(cfg)),
-        working=tokens * 3 * kept_by_block(cfg) // 2,
+        gathered=HALF * (in_use + 2 * block),
+        inputs=tokens * (cfg.num_hidden_layers + 4) * kept_by_recomputed(cfg),
+        working=max(of_head, tokens * 3 * kept_by_block(cfg) // 2),
     )
 
 
@@ -92,9 +93,7 @@ def tokens_to_keep(recompute: str, model: Qwen3, optimizer: torch.optim.Optimize
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     own = sum(parallel.local(parameter).numel() for parameter in model.parameters())
-    need = needs(model.cfg, tokens, 1)
-    to_come = own * (GRADIENT + (0 if optimizer.state else ADAM)) + sum(
-        (need.gathered, need.head, need.inputs, need.working)
-    )
+    need = needs(model.cfg, tokens, parallel.world_size())
+    to_come = own * (GRADIENT + (0 if optimizer.state else ADAM)) + need.gathered + need.inputs + need.working
     room = free - to_come - SLACK * total
     return max(0.0, room / (kept_by_block(model.cfg) - kept_by_recomputed(model.cfg)))

@@ -190,8 +190,8 @@ def shard(model: nn.Module, blocks: nn.ModuleList, compute_dtype: torch.dtype) -
         )
     mesh = init_device_mesh(device().type, (world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+    for block in blocks:  # a single GPU has nothing to gather: what it casts for forward it keeps for backward
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=world_size() > 1)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
@@ -206,8 +206,11 @@ def backward(loss: Tensor) -> None:
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients to a global L2 norm of at most `max_norm`; returns the norm before."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    found = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not found <= max_norm:  # (a norm that is not finite too: whoever asked sees it)
+        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return found
 
 
 class FullWeights:
