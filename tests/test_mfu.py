@@ -1,0 +1,53 @@
+"""What a training step is worth in FLOPs, against counts made another way."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import mfu
+from minitau.model import ModelConfig, Qwen3
+
+
+@pytest.mark.parametrize("name", mfu.SHAPES)
+def test_parameters_are_those_of_the_model(name):
+    with torch.device("meta"):
+        model = Qwen3(ModelConfig(**mfu.SHAPES[name]))
+    assert mfu.parameters(mfu.SHAPES[name]) == sum(each.numel() for each in model.parameters())
+
+
+def test_an_untied_head_counts_too():
+    shape = mfu.SHAPES["tiny"] | {"tie_word_embeddings": False}
+    with torch.device("meta"):
+        model = Qwen3(ModelConfig(**shape))
+    assert mfu.parameters(shape) == sum(each.numel() for each in model.parameters())
+
+
+def test_the_4b_shape_is_the_models_default():
+    assert ModelConfig(**mfu.SHAPES["4b"]) == ModelConfig()
+
+
+def full_attention(layer, q, k, v):
+    """Every token looks at every token: the matmuls that the formula counts at half."""
+    k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
+    scores = torch.bmm(q.transpose(0, 1), k.permute(1, 2, 0))
+    return torch.bmm(scores, v.transpose(0, 1)).transpose(0, 1)
+
+
+def test_flops_are_those_of_the_matmuls():
+    shape, tokens = mfu.SHAPES["tiny"], 48
+    with torch.device("meta"):
+        model, ids = Qwen3(ModelConfig(**shape)), torch.zeros(tokens, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            hidden = model.hidden(ids, torch.arange(tokens), full_attention)
+            (hidden @ model.head_weight.T).sum().backward()
+    twice = mfu.step_flops(shape, [tokens])
+    attention = 6 * 2 * 2 * 32 * tokens**2  # 6 L H d len^2: the other half
+    norms = 6 * tokens * sum(each.numel() for each in model.parameters() if each.ndim == 1)
+    assert counter.get_total_flops() == twice + attention - norms
+
+
+def test_packed_sequences_do_not_look_at_each_other():
+    shape = mfu.SHAPES["4b"]
+    one, four = mfu.step_flops(shape, [4096]), mfu.step_flops(shape, [1024] * 4)
+    assert one - four == 6 * 36 * 32 * 128 * (4096**2 - 4 * 1024**2)
+    assert mfu.mfu(shape, [4096], 2.0, gpus=2) == pytest.approx(one / 4 / 989e12)
