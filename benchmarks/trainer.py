@@ -29,6 +29,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from mfu import LENGTHS, SHAPES, mfu
 from torch import Tensor
 
 import train
@@ -36,22 +37,11 @@ from minitau import attention, batch, config, memory, parallel, run
 from minitau.head import HeadLogprobs
 from minitau.model import ModelConfig, Qwen3
 
-SHAPES = {"4b": ModelConfig(), "tiny": ModelConfig(512, 64, 128, 3, 4, 2, 16)}
-LENGTHS = {
-    "4b": [8192, 4096, 2048, 1024, 512, 256, 128, 64, 64],
-    "tiny": [64, 32, 16],
-}
-PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200, by the datasheet
-
-
-def mfu(cfg: ModelConfig, lengths: list[int], seconds: float) -> float:
-    """Model FLOPs utilisation: 6 N T for the matrix products, 6 L H d sum(len^2) for causal attention (half of the
-    square), over the time and the peak. What is computed twice counts once."""
-    attend = 6 * cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim * sum(n * n for n in lengths)
-    return (6 * memory.parameters(cfg) * sum(lengths) + attend) / seconds / PEAK_FLOPS
-
-
 # -- a run without a folder --------------------------------------------------------------------------------
+
+
+def lengths_of(args: argparse.Namespace) -> list[int]:
+    return list(LENGTHS) if args.shape == "4b" else [64, 32, 16]
 
 
 def settings(args: argparse.Namespace, lengths: list[int], **also: Any) -> config.SFT:
@@ -62,7 +52,7 @@ def open_run(args: argparse.Namespace, cfg: config.SFT) -> SimpleNamespace:
     """What run.update takes of a run: a random model, sharded, and its optimizer."""
     device = parallel.device()
     with torch.device(device):
-        model = Qwen3(SHAPES[args.shape])
+        model = Qwen3(ModelConfig(**SHAPES[args.shape]))
         torch.manual_seed(0)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -134,7 +124,7 @@ def measure_steps(
         "seconds": seconds[2:],
         "median": median,
         "tokens_per_second": micro_batches * sum(lengths) / median,
-        "mfu": mfu(shape, lengths, median / micro_batches),
+        "mfu": mfu(vars(shape), lengths, median / micro_batches),
         "peak_gb": peak_gb(),
         "recomputed_blocks": opened.model.recomputed(sum(lengths)),
         "warm_up_seconds": warm,
@@ -177,7 +167,7 @@ def kind_of(kernel: str) -> str:
 
 
 def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
-    lengths = LENGTHS[args.shape]
+    lengths = lengths_of(args)
     found: dict[str, Any] = {"lengths": lengths}
     cfg = settings(args, lengths)
     opened = open_run(args, cfg)
@@ -206,7 +196,7 @@ KERNEL = attention.kernel
 
 def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     """Twice the tokens in a micro-batch, two of them a step; and the head's peak, which no vocabulary should change."""
-    lengths = [2 * n for n in LENGTHS[args.shape]]
+    lengths = [2 * n for n in lengths_of(args)]
     cfg = settings(args, lengths)
     opened = open_run(args, cfg)
     found = {"step": measure_steps(opened, cfg, lengths, 2, micro_batches=2)}
@@ -247,8 +237,8 @@ def measure_numbers(args: argparse.Namespace) -> dict[str, Any]:
     """Log-probabilities of the same weights and tokens, and the gradient of their mean, computed several ways."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    shape, device = SHAPES[args.shape], parallel.device()
-    lengths = [2048, 512, 64] if args.shape == "4b" else LENGTHS["tiny"]
+    shape, device = ModelConfig(**SHAPES[args.shape]), parallel.device()
+    lengths = [2048, 512, 64] if args.shape == "4b" else lengths_of(args)
     mb = micro_batch(shape, lengths)
     with torch.device(device):
         exact = Qwen3(shape)
