@@ -68,8 +68,7 @@ def sequence_mask(old_N: Tensor, rollout_N: Tensor, sequence_N: Tensor, low: flo
     sequence_N: which trajectory each token belongs to. A trajectory outside was, as a whole, not
     drawn from anything near the policy, and no per-token cap can mend that.
     """
-    n = int(sequence_N.max()) + 1 if len(sequence_N) else 0
-    zeros = torch.zeros(n, dtype=old_N.dtype, device=old_N.device)
+    zeros = torch.zeros_like(old_N)  # one a trajectory; there are no more of them than tokens
     drift = zeros.index_add(0, sequence_N, old_N - rollout_N)
     count = zeros.index_add(0, sequence_N, torch.ones_like(old_N))
     ratio = (drift / count.clamp(min=1)).exp()
