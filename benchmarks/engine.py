@@ -153,19 +153,19 @@ def parts_of_sync(engine: SGLangEngine, weights: parallel.FullWeights) -> dict[s
         def filled(*args: Any, take: Callable = handover.buckets) -> Iterator[handover.Bucket]:
             source = take(*args)
             while True:
-                with clock("fill"):  # noqa: B023
+                with clock("fill"):
                     bucket = next(source, None)
                 if bucket is None:
                     return
                 yield bucket
 
         def serialised(bucket: handover.Bucket, make: Callable = handover.serialize) -> str:
-            with clock("serialise"):  # noqa: B023
+            with clock("serialise"):
                 return make(bucket)
 
         def asked(*args: Any, ask: Callable = handover.request, **named: Any) -> Any:
             sent.append(1)  # noqa: B023
-            with clock("request"):  # noqa: B023
+            with clock("request"):
                 return ask(*args, **named)
 
         sent: list[int] = []
