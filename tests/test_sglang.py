@@ -307,7 +307,7 @@ def test_weights_arrive_bucket_by_bucket_and_the_last_one_flushes(engine, monkey
     )
     engine.sync(list(other.named_parameters()), 5)
     assert len(sent) > 3 and [body["flush_cache"] for body in sent] == [False] * (len(sent) - 1) + [True]
-    assert {body["weight_version"] for body in sent} == {"5"}
+    assert {(body["weight_version"], body["load_format"]) for body in sent} == {("5", "flattened_bucket")}
     said = engine.generate([9, 8, 7], SOFT, session="s", seed=0)
     assert said.weight_version == 5 and error_of(other, [9, 8, 7], said, SOFT) < 1e-4
 
