@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import math
 import os
 import socket
 import threading
@@ -246,8 +247,9 @@ def room(tensor: Tensor) -> int:
     """How many elements `gather_into` needs to make a tensor whole: as many rows from each rank."""
     if not isinstance(tensor, DTensor):
         return tensor.numel()
-    rows, ranks = tensor.shape[0], world_size()
-    return tensor.numel() // rows * (-(-rows // ranks) * ranks)
+    rows, *row = tensor.shape
+    ranks = world_size()
+    return -(-rows // ranks) * ranks * math.prod(row)
 
 
 @torch.no_grad()
@@ -259,8 +261,9 @@ def gather_into(places: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
     collective for all tensors brings the others'.
     """
     held = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    scattered = [world_size() > 1 and isinstance(tensor, DTensor) for tensor in tensors]
-    shares = [place.chunk(world_size())[rank()] if cut else place for place, cut in zip(places, scattered)]
+    ranks, mine = world_size(), rank()
+    scattered = [ranks > 1 and isinstance(tensor, DTensor) for tensor in tensors]
+    shares = [place.chunk(ranks)[mine] if cut else place for place, cut in zip(places, scattered)]
     filled = [(share[: part.numel()].view(part.shape), part) for share, part in zip(shares, held) if part.numel()]
     if filled:
         torch._foreach_copy_(*map(list, zip(*filled)))  # few kernels, which read fp32 and write bf16, for all of them

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,21 +58,24 @@ def buckets(weights: Weights, dtype: torch.dtype, device: torch.device, size: in
     size = size or BUCKET_BYTES[device.type]
     parts = weights.parts() if isinstance(weights, parallel.FullWeights) else list(weights)
     step = ALIGN // dtype.itemsize
-    plan: list[list[tuple[str, Tensor, int]]] = []  # by bucket: names, tensors, and where each begins
+    plan: list[list[tuple[str, Tensor, int, int]]] = []  # by bucket: names, tensors, where each begins, and its room
     used = longest = 0
     for name, tensor in parts:
         length = parallel.room(tensor)
         if not plan or (used + length) * dtype.itemsize > size:
             plan.append([])
             used = 0
-        plan[-1].append((name, tensor, used))
+        plan[-1].append((name, tensor, used, length))
         longest = max(longest, used + length)
         used += -(-length // step) * step
     buffer = torch.empty(longest, dtype=dtype, device=device)
     for number, bucket in enumerate(plan, 1):
-        places = [buffer[start : start + parallel.room(tensor)] for _, tensor, start in bucket]
-        parallel.gather_into(places, [tensor for _, tensor, _ in bucket])
-        named = [(name, buffer[at : at + part.numel()].view(part.shape)) for name, part, at in bucket]
+        places = [buffer[start : start + length] for _, _, start, length in bucket]
+        parallel.gather_into(places, [tensor for _, tensor, _, _ in bucket])
+        named = [
+            (name, place[: math.prod(tensor.shape)].view(tensor.shape))
+            for place, (name, tensor, _, _) in zip(places, bucket)
+        ]
         yield Bucket(buffer.view(torch.uint8), named, number == len(plan))
 
 
