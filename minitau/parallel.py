@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import math
 import os
 import socket
 import threading
@@ -224,26 +225,57 @@ class FullWeights:
         self.model, self.dtype = model, dtype
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.parts():
+            yield name, whole(parameter, self.dtype)
+
+    def parts(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of every one, as the ranks hold it: for those who gather many at once themselves."""
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # a forward without backward leaves the root's parameters gathered, in compute dtype
-        for name, parameter in self.model.named_parameters():
-            yield name, whole(parameter.detach(), self.dtype)
+        return list(self.model.named_parameters())
 
 
 def whole(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """All of a tensor that may be sharded along its rows, on every rank."""
     if not isinstance(tensor, DTensor):
-        return tensor
-    mine = tensor.to_local()
+        return tensor.detach()
     if world_size() == 1:
-        return mine
-    # Every rank but the last ones holds as many rows, so the whole stands in one piece before the padding.
-    rows = -(-tensor.shape[0] // world_size())
-    padded = mine.new_zeros(rows, *tensor.shape[1:], dtype=dtype or tensor.dtype)
-    padded[: len(mine)] = mine
-    gathered = padded.new_empty(world_size() * rows, *tensor.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded, group=tensor.device_mesh.get_group())
-    return gathered[: tensor.shape[0]]
+        return local(tensor)
+    place = torch.empty(room(tensor), dtype=dtype or tensor.dtype, device=tensor.device)
+    gather_into([place], [tensor])
+    return place[: tensor.numel()].view(tensor.shape)
+
+
+def room(tensor: Tensor) -> int:
+    """How many elements `gather_into` needs to make a tensor whole: as many rows from each rank."""
+    if not isinstance(tensor, DTensor):
+        return tensor.numel()
+    rows, *row = tensor.shape
+    ranks = world_size()
+    return -(-rows // ranks) * ranks * math.prod(row)
+
+
+@torch.no_grad()
+def gather_into(places: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Fill each place, flat and `room` long, with a whole tensor and what may follow it; cast to the place's dtype.
+
+    Tensors may be sharded along their rows; then all ranks do this together. No memory is taken beside the places:
+    every rank but the last ones holds as many rows, so that each rank writes its own where they belong, and one
+    collective for all tensors brings the others'.
+    """
+    held = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    ranks, mine = world_size(), rank()
+    scattered = [ranks > 1 and isinstance(tensor, DTensor) for tensor in tensors]
+    shares = [place.chunk(ranks)[mine] if cut else place for place, cut in zip(places, scattered)]
+    filled = [(share[: part.numel()].view(part.shape), part) for share, part in zip(shares, held) if part.numel()]
+    if filled:
+        torch._foreach_copy_(*map(list, zip(*filled)))  # few kernels, which read fp32 and write bf16, for all of them
+    if any(scattered):
+        group = next(tensor.device_mesh.get_group() for tensor, cut in zip(tensors, scattered) if cut)
+        with dist._coalescing_manager(group):
+            for place, share, cut in zip(places, shares, scattered):
+                if cut:
+                    dist.all_gather_into_tensor(place, share, group)
 
 
 class Broadcast:

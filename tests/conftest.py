@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from tau2_world import play, world  # noqa: F401  (fixtures of tau2-bench's tests)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minitau import tiny
 from minitau.engines.launch import ENVIRONMENT
@@ -91,6 +93,29 @@ def sglang_server(model_dir: Path, log: Path, context: int, *flags: str, command
         yield server
     finally:
         server.close()
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of each tensor that torch makes anew in a `with`. Their sum is no less than the peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {storage_of(tensor) for tensor in tensors_in((args, kwargs))}
+        made = func(*args, **(kwargs or {}))
+        new = {storage_of(tensor): tensor.untyped_storage().nbytes() for tensor in tensors_in(made)}
+        self.sizes += [size for storage, size in new.items() if storage not in known]
+        return made
+
+
+def tensors_in(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def storage_of(tensor):
+    return tensor.untyped_storage()._cdata
 
 
 def trajectory(

@@ -4,9 +4,9 @@
 
 A real process with real HTTP and real tensors by handle; only what computes is ours. What it accepts, refuses and
 replies is what SGLang 0.5 was seen to, and so is what kills it: ids outside the vocabulary, a tensor of another shape,
-memory that is released twice or under a request. (A name that it does not know does not.) For a test's sake the
-environment may ask for trouble: FAKE_SGLANG_DIES=N ends it after N replies, in each of its lives, on every rank or on
-that of FAKE_SGLANG_RANK; FAKE_SGLANG_NEVER_STARTS=1 at once.
+weights that are not what load_format says, memory that is released twice or under a request. (A name that it does not
+know does not.) For a test's sake the environment may ask for trouble: FAKE_SGLANG_DIES=N ends it after N replies, in
+each of its lives, on every rank or on that of FAKE_SGLANG_RANK; FAKE_SGLANG_NEVER_STARTS=1 at once.
 """
 
 import argparse
@@ -91,7 +91,12 @@ class Fake:
 
     def update(self, body):
         (payload,) = body["serialized_named_tensors"]
-        named = pickle.loads(base64.b64decode(payload))
+        payload = base64.b64decode(payload)
+        try:
+            named = unpacked(pickle.loads(payload), body.get("load_format"))
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
+            os._exit(9)
         own = dict(self.model.named_parameters())
         for name, tensor in named:
             if name not in own:
@@ -172,6 +177,17 @@ class Fake:
                 self.memory(False)
             case _:
                 raise LookupError(path)
+
+
+def unpacked(named, load_format):
+    """[(name, tensor), ...]; those of a bucket are views of it."""
+    if load_format == "flattened_bucket":
+        flat = named["flattened_tensor"]
+        about = [(each.name, each.start_idx, each.end_idx, each.dtype, each.shape) for each in named["metadata"]]
+        return [(name, flat[start:end].view(dtype).reshape(shape)) for name, start, end, dtype, shape in about]
+    if load_format is not None:
+        raise NotImplementedError(f"Unknown load_format={load_format}")
+    return [(name, tensor) for name, tensor in named]
 
 
 def handler(fake):

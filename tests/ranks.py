@@ -12,18 +12,20 @@ import threading
 from pathlib import Path
 
 import torch
-from conftest import SMALL, small_model, trajectory
+from conftest import SMALL, Allocations, small_model, trajectory
 from torch.distributed.tensor import DTensor
 
 import train
 from minitau import batch, checkpoint, config, grpo, parallel
 from minitau import run as runs
+from minitau.engines.handover import buckets
 
 CFG = config.GRPO(
     lr=1e-2, temperature=0.8, entropy=0.01, kl=0.05, max_tokens=64, micro_batch_tokens=40, max_grad_norm=0.05
 )
 QUEUES = {"many": 200, "few": 1, "none": 0}  # name -> indices
 THREADS = 4
+BUCKETS = (1, 5000, 1 << 20)  # bytes at most
 
 
 def samples_of(first: int = 0, n: int = 7) -> list[batch.Sample]:
@@ -85,6 +87,19 @@ def whole(tensor) -> torch.Tensor:
 
 def weights_of(model) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in parallel.FullWeights(model)}
+
+
+def bucketed(model, size: int) -> dict[str, object]:
+    """The weights as they travel to a server, and the bytes that the buckets took beside the model."""
+    made, weights, largest = Allocations(), {}, 0
+    filled = buckets(parallel.FullWeights(model), torch.bfloat16, torch.device("cpu"), size)
+    while True:
+        with made:
+            bucket = next(filled, None)
+        if bucket is None:
+            return {"weights": weights, "bytes": sum(made.sizes), "largest": largest}
+        weights |= {name: tensor.clone() for name, tensor in bucket.tensors}
+        largest = max(largest, len(bucket.flat))
 
 
 def train_steps(run: runs.Run, reference, steps) -> list[dict[str, float]]:
@@ -187,6 +202,7 @@ def main(folder: Path) -> None:
     for mb in mbs:
         train.score(run.model, mb, cfg, "old_N")
     found["after scoring"] = weights_of(run.model)
+    found["buckets"] = {size: bucketed(run.model, size) for size in BUCKETS}
 
     found["full disk"] = [full_disk_on(rank, folder / f"full-{rank}") for rank in range(2)]
     torch.save(found, folder / f"rank-{parallel.rank()}.pt")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from conftest import small_model
+from conftest import SMALL, small_model
 
 from minitau import checkpoint, parallel
 
@@ -210,6 +210,18 @@ def test_whole_weights_after_a_forward_without_backward(two):
     expected = dict(small_model(5).named_parameters())
     for found in both:
         assert_same(found["after scoring"], expected)
+
+
+@pytest.mark.parametrize("size", ranks.BUCKETS)
+def test_shards_are_gathered_in_the_bucket_and_take_no_other_memory(two, size):
+    """97 rows of an embedding do not split evenly; the room for the rest counts as the bucket's."""
+    _, *both = two
+    expected = {name: weight.detach().bfloat16() for name, weight in small_model(5).named_parameters()}
+    for found in both:
+        got = found["buckets"][size]
+        assert_same(got["weights"], expected)
+        assert got["bytes"] == got["largest"] <= max(size, 98 * SMALL["hidden_size"] * 2)
+    assert both[0]["buckets"][1 << 20]["bytes"] > both[0]["buckets"][5000]["bytes"]
 
 
 def test_a_full_disk_on_one_rank_stops_both(two):

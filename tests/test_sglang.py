@@ -22,18 +22,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAKE_SGLANG, FOR_THE_FAKE, ROOT, small_model
+from conftest import FAKE_SGLANG, FOR_THE_FAKE, ROOT, Allocations, small_model
 from test_engine import STOP, error_of, some_ids
 
 from minitau import checkpoint, config, parallel, probe
 from minitau.chat import load_chat
 from minitau.engines import server as server_module
-from minitau.engines.handover import ALIGN, Broadcaster, buckets, serialize
+from minitau.engines.handover import ALIGN, BUCKET_BYTES, Broadcaster, buckets, serialize
 from minitau.engines.server import NoAnswer, Server, free_port, request
 from minitau.engines.sglang import SGLangEngine, read_completion
 from minitau.episode import EngineError, Sampling
+from minitau.model import ModelConfig, Qwen3
 
 long = pytest.mark.skipif(not os.environ.get("MINITAU_SGLANG_ALL"), reason="long: MINITAU_SGLANG_ALL=1 runs it")
+CPU = torch.device("cpu")
 SOFT = Sampling(temperature=0.7, max_new_tokens=12)
 LONG = Sampling(temperature=0.7, max_new_tokens=150)
 
@@ -260,10 +262,12 @@ def test_no_server_outlives_its_owner(model_dir, tmp_path, end):
 def test_buckets_hold_every_tensor_once_in_order_and_no_more_than_fits(reference, size):
     wanted = list(reference.named_parameters())
     seen = []
-    for bucket, last in buckets(wanted, torch.bfloat16, torch.device("cpu"), size):
-        taken = sum(tensor.numel() * 2 for _, tensor in bucket)
-        assert bucket and (taken <= size or len(bucket) == 1)
-        assert all(tensor.data_ptr() % ALIGN == bucket[0][1].data_ptr() % ALIGN for _, tensor in bucket)
+    for flat, bucket, last in buckets(wanted, torch.bfloat16, CPU, size):
+        starts = [tensor.data_ptr() - flat.data_ptr() for _, tensor in bucket]
+        ends = [start + tensor.nbytes for start, (_, tensor) in zip(starts, bucket)]
+        assert starts[0] == 0 and all(end <= start for end, start in zip(ends, starts[1:])) and ends[-1] <= len(flat)
+        assert ends[-1] <= size or len(bucket) == 1
+        assert not any(start % ALIGN for start in starts)
         seen += [(name, tensor.clone(), last) for name, tensor in bucket]
     assert [name for name, _, _ in seen] == [name for name, _ in wanted]
     assert all(torch.equal(got, tensor.bfloat16()) for (_, got, _), (_, tensor) in zip(seen, wanted))
@@ -271,9 +275,26 @@ def test_buckets_hold_every_tensor_once_in_order_and_no_more_than_fits(reference
     assert lasts[-1] and lasts == sorted(lasts) and (size > 4096 or not lasts[0])
 
 
+def test_a_4b_model_takes_no_more_than_one_buffer_of_less_than_a_gigabyte_and_a_half():
+    with torch.device("meta"):
+        weights = parallel.FullWeights(Qwen3(ModelConfig()))
+    size = BUCKET_BYTES["cuda"]
+    made, lengths = Allocations(), []
+    with made:
+        for bucket in buckets(weights, torch.bfloat16, torch.device("meta"), size):
+            lengths.append(sum(tensor.nbytes for _, tensor in bucket.tensors))
+    assert sum(lengths) == 8_044_936_192 and len(lengths) == 6
+    assert sum(made.sizes) == len(bucket.flat) <= 1.4e9
+
+
+def test_the_buffer_of_a_small_model_is_small(reference):
+    (bucket,) = buckets(list(reference.named_parameters()), torch.float32, CPU)
+    assert len(bucket.flat) < 4 * sum(p.numel() for p in reference.parameters()) + ALIGN * len(bucket.tensors)
+
+
 def test_a_payload_holds_handles_and_no_weights():
-    big = torch.zeros(1 << 20)
-    assert len(serialize([("a", big), ("b", big[5:])])) < 4096
+    (bucket,) = buckets([("a", torch.zeros(1 << 20)), ("b", torch.zeros(5))], torch.float32, CPU)
+    assert len(serialize(bucket)) < 4096
 
 
 def test_weights_arrive_bucket_by_bucket_and_the_last_one_flushes(engine, monkeypatch):
@@ -286,7 +307,7 @@ def test_weights_arrive_bucket_by_bucket_and_the_last_one_flushes(engine, monkey
     )
     engine.sync(list(other.named_parameters()), 5)
     assert len(sent) > 3 and [body["flush_cache"] for body in sent] == [False] * (len(sent) - 1) + [True]
-    assert {body["weight_version"] for body in sent} == {"5"}
+    assert {(body["weight_version"], body["load_format"]) for body in sent} == {("5", "flattened_bucket")}
     said = engine.generate([9, 8, 7], SOFT, session="s", seed=0)
     assert said.weight_version == 5 and error_of(other, [9, 8, 7], said, SOFT) < 1e-4
 
@@ -347,8 +368,9 @@ def test_without_weights_nothing_is_sampled(model_dir, tmp_path):
 
 
 def test_weights_that_somebody_else_sent_are_noticed(engine, reference):
-    body = {"serialized_named_tensors": [serialize(list(reference.named_parameters()))], "flush_cache": True}
-    request(f"{engine.url}/update_weights_from_tensor", {**body, "weight_version": "9"}, timeout=9)
+    (bucket,) = buckets(list(reference.named_parameters()), torch.float32, CPU)
+    body = {"serialized_named_tensors": [serialize(bucket)], "load_format": "flattened_bucket", "weight_version": "9"}
+    request(f"{engine.url}/update_weights_from_tensor", {**body, "flush_cache": True}, timeout=9)
     with pytest.raises(EngineError, match="weights are 9, not 1"):
         engine.generate([9], SOFT, session="s", seed=0)
 
@@ -398,9 +420,10 @@ def test_the_probe_finds_one_tensor_that_did_not_arrive(policy, monkeypatch, ten
         for name, weight in named:
             if tensor in name and how == "mixed up":
                 weight.copy_(weight.flip(0) * 3)
-        yield (
+        yield from buckets(
             [(f"x.{name}" if tensor in name and how == "never sent" else name, weight) for name, weight in named],
-            True,
+            dtype,
+            device,
         )
 
     monkeypatch.setattr("minitau.engines.handover.buckets", damaged)

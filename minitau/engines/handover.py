@@ -1,7 +1,7 @@
 """Weights on their way to servers: cut into buckets, handed over without a copy through HTTP.
 
 A bucket is one buffer that is filled, passed on, and filled again once the servers have taken their copy. So the
-model never exists a second time in the trainer. To a server on the same device a bucket is lent as handles (CUDA IPC;
+model never exists a second time in the trainer. To a server on the same device a bucket is lent by handle (CUDA IPC;
 shared memory on a CPU): `lend`. To servers on other GPUs rank 0 broadcasts it, to all at once: `Broadcaster`.
 
     POST /update_weights_from_tensor, /init_weights_update_group, /update_weights_from_distributed,
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import torch.multiprocessing  # teaches ForkingPickler to pass tensors by handle
@@ -26,9 +28,11 @@ from torch import Tensor
 from minitau import parallel
 from minitau.engines.server import NoAnswer, Refused, request
 
-# Each bucket costs a request of some 3 ms; 1 GiB holds the embedding of a 4B model. Shared memory is dearer.
-BUCKET_BYTES = {"cuda": 1 << 30, "cpu": 1 << 24}
-ALIGN = 256  # bytes
+# Each bucket costs a request of some 4 ms, and is all the memory that a sync takes, on however many ranks: shards are
+# gathered in it. The 8.04 GB of a 4B model (its embedding alone is 0.78) go into 6 of at most 1.38 GB; 1 GB would make
+# it 8, 0.5 GB 17. Shared memory is dearer.
+BUCKET_BYTES = {"cuda": 1_380_000_000, "cpu": 1 << 24}
+ALIGN = 256  # bytes: where a tensor may begin in a bucket
 GRACE = 10.0  # seconds in which the others may still finish what one of them has failed in
 LEAVE_SECONDS = 10.0  # for a server to leave a group that is not used any more
 
@@ -37,44 +41,62 @@ Weights = Iterable[tuple[str, Tensor]]
 Outcome = tuple[bool, str]  # whether a server has the weights now, and what went wrong with it
 
 
-def buckets(
-    weights: Weights, dtype: torch.dtype, device: torch.device, size: int = 0
-) -> Iterator[tuple[NamedTensors, bool]]:
-    """([(name, tensor), ...], is it the last?) of at most `size` bytes (0: what suits the device), or of one tensor
-    that is larger.
+class Bucket(NamedTuple):
+    """Tensors that travel together: views of one buffer, good only until the next bucket is asked for."""
 
-    Names and shapes are those of `weights`, in order. The tensors are views of one buffer, good only until the
-    next bucket is asked for.
+    flat: Tensor  # all of them, bytes, with gaps
+    tensors: NamedTensors
+    last: bool
+
+
+def buckets(weights: Weights, dtype: torch.dtype, device: torch.device, size: int = 0) -> Iterator[Bucket]:
+    """Buckets of at most `size` bytes (0: what suits the device), or of one tensor that is larger; all ranks together
+    if there are shards in `weights`.
+
+    Names and shapes are those of `weights`, in order.
     """
     size = size or BUCKET_BYTES[device.type]
-    buffer = torch.empty(0, dtype=dtype, device=device)
-    bucket: NamedTensors = []
-    used = 0
+    parts = weights.parts() if isinstance(weights, parallel.FullWeights) else list(weights)
     step = ALIGN // dtype.itemsize
-    for name, tensor in weights:
-        if bucket and (used + tensor.numel()) * dtype.itemsize > size:
-            yield bucket, False
-            bucket, used = [], 0
-        if not bucket and len(buffer) < tensor.numel():
-            buffer = torch.empty(max(size // dtype.itemsize, tensor.numel()), dtype=dtype, device=device)
-        view = buffer[used : used + tensor.numel()].view(tensor.shape)
-        view.copy_(tensor)
-        bucket.append((name, view))
-        used += -(-tensor.numel() // step) * step
-    if bucket:
-        yield bucket, True
+    plan: list[list[tuple[str, Tensor, int, int]]] = []  # by bucket: names, tensors, where each begins, and its room
+    used = longest = 0
+    for name, tensor in parts:
+        length = parallel.room(tensor)
+        if not plan or (used + length) * dtype.itemsize > size:
+            plan.append([])
+            used = 0
+        plan[-1].append((name, tensor, used, length))
+        longest = max(longest, used + length)
+        used += -(-length // step) * step
+    buffer = torch.empty(longest, dtype=dtype, device=device)
+    for number, bucket in enumerate(plan, 1):
+        places = [buffer[start : start + length] for _, _, start, length in bucket]
+        parallel.gather_into(places, [tensor for _, tensor, _, _ in bucket])
+        named = [
+            (name, place[: math.prod(tensor.shape)].view(tensor.shape))
+            for place, (name, tensor, _, _) in zip(places, bucket)
+        ]
+        yield Bucket(buffer.view(torch.uint8), named, number == len(plan))
 
 
-def serialize(named: NamedTensors) -> str:
-    """Handles of tensors as a server unpickles them: base64 of a pickle that holds no data. The tensors must stay
-    as they are until it has answered."""
-    if named[0][1].is_cuda:
+def serialize(bucket: Bucket) -> str:
+    """A handle of a bucket as a server unpickles it: base64 of a pickle that holds no data. The bucket must stay as
+    it is until the server has answered.
+
+    (One handle takes it less than one a tensor. It copies each tensor from its view of the buffer.)
+    """
+    if bucket.flat.is_cuda:
         torch.cuda.current_stream().synchronize()  # the copies into the bucket are done before anybody reads it
         torch.cuda.ipc_collect()  # what servers have closed
     else:
         torch.multiprocessing.set_sharing_strategy("file_system")  # file descriptors do not travel over HTTP
+    metadata = []
+    for name, tensor in bucket.tensors:
+        start = tensor.data_ptr() - bucket.flat.data_ptr()
+        about = {"name": name, "shape": tensor.shape, "dtype": tensor.dtype, "numel": tensor.nbytes}  # in bytes
+        metadata.append(SimpleNamespace(**about, start_idx=start, end_idx=start + tensor.nbytes))
     file = io.BytesIO()
-    ForkingPickler(file, 4).dump([(name, tensor.detach()) for name, tensor in named])
+    ForkingPickler(file, 4).dump({"flattened_tensor": bucket.flat, "metadata": metadata})
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -84,13 +106,14 @@ def lend(weights: Weights, dtype: torch.dtype, url: str, version: int, timeout: 
     All ranks iterate the weights to the end, whether they send or not: each holds a part of them.
     """
     problem, sent = "", 0
-    for tensors, last in buckets(weights, dtype, parallel.device()):
-        sent += len(tensors)
+    for bucket in buckets(weights, dtype, parallel.device()):
+        sent += len(bucket.tensors)
         if not wanted or problem:
             continue
         body = {
-            "serialized_named_tensors": [serialize(tensors)],
-            "flush_cache": last,
+            "serialized_named_tensors": [serialize(bucket)],
+            "load_format": "flattened_bucket",
+            "flush_cache": bucket.last,
             "weight_version": str(version),
         }
         try:
@@ -120,7 +143,7 @@ class Broadcaster:
         urls = list(dict.fromkeys(each for each in parallel.gather(url if wanted else "") if each))
         problems: dict[str, str] = {}
         if not parallel.is_main():
-            for _ in weights:
+            for _ in buckets(weights, dtype, parallel.device()):
                 pass
         else:
             problems = self.send(weights, dtype, urls, version, timeout)
@@ -132,7 +155,7 @@ class Broadcaster:
     ) -> dict[str, str]:
         """Rank 0's part; what went wrong, by URL. After a problem the rest of the weights is iterated, not sent."""
         problems, sent = self.meet(urls, timeout), 0
-        for tensors, last in buckets(weights, dtype, parallel.device()):
+        for _, tensors, last in buckets(weights, dtype, parallel.device()):
             sent += len(tensors)
             if not urls or problems:
                 continue
