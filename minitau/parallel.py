@@ -207,11 +207,33 @@ def backward(loss: Tensor) -> None:
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients to a global L2 norm of at most `max_norm`; returns the norm before."""
+    norm = grad_norm(model)
+    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return float(norm)
+
+
+def grad_norm(model: nn.Module) -> Tensor:
+    """The L2 norm of all gradients, over all ranks."""
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    found = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if not found <= max_norm:  # (a norm that is not finite too: whoever asked sees it)
-        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
-    return found
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clipped_step(model: nn.Module, optimizer: torch.optim.AdamW, max_norm: float) -> float:
+    """An optimizer step with gradients of a global L2 norm of at most `max_norm`; returns the norm before.
+
+    If it is not finite there is no step: on no rank, because the norm is global. A fused optimizer is told so on the
+    GPU, and scales as it goes, so that the host need not wait for backward before it can ask for the step.
+    """
+    if not optimizer.defaults["fused"]:
+        norm = clip_grad_norm(model, max_norm)
+        if math.isfinite(norm):
+            optimizer.step()
+        return norm
+    norm = grad_norm(model)
+    optimizer.grad_scale = (norm / max_norm).clamp(min=1.0)  # as torch.amp.GradScaler speaks to it: a divisor
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()
+    return float(norm)
 
 
 class FullWeights:

@@ -134,10 +134,8 @@ def update(
         parallel.backward(loss)
         for name, value in {"loss": loss, "n": (mb.weights_N > 0).sum(), **shown}.items():
             sums[name] = sums.get(name, 0) + value.detach().double()
-    grad_norm = parallel.clip_grad_norm(run.model, cfg.max_grad_norm)
-    if math.isfinite(grad_norm):
-        run.optimizer.step()
-    else:
+    grad_norm = parallel.clipped_step(run.model, run.optimizer, cfg.max_grad_norm)
+    if not math.isfinite(grad_norm):
         say("a gradient was not finite: this step is skipped")
     run.optimizer.zero_grad()  # now: until the next update an engine on the same GPU can use the memory
     totals = parallel.sum_over_ranks({name: float(value) for name, value in sums.items()})

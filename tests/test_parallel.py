@@ -3,6 +3,7 @@
 torchrun costs seconds, so one start does everything (tests/ranks.py) and the tests read what it found.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -231,3 +232,39 @@ def test_a_full_disk_on_one_rank_stops_both(two):
     for rank, text in enumerate(first["full disk"]):
         assert "step 9 was not written" in text and "File too large" in text and "\n" not in text
         assert list((folder / f"full-{rank}" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1e3], ids=["clipped", "not clipped"])
+def test_a_fused_step_is_the_same_step(max_norm):
+    """Scaling inside the optimizer, as on a GPU, against scaling before it."""
+    weights = []
+    for fused in (False, True):
+        model = small_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            norm = parallel.clipped_step(model, optimizer, max_norm)
+            assert norm == pytest.approx(sum(p.numel() for p in model.parameters()) ** 0.5, rel=0.1)
+        weights.append(dict(model.named_parameters()))
+    assert_same(*weights, error=1e-5)
+    start = dict(small_model().named_parameters())
+    assert any(float((weights[0][name] - start[name]).abs().max()) > 1e-2 for name in start)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_no_step_with_a_gradient_that_is_not_finite(fused, poison):
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.model.norm.weight.grad[3] = poison
+    assert not math.isfinite(parallel.clipped_step(model, optimizer, 1.0))
+    assert_same(dict(model.named_parameters()), before)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert math.isfinite(parallel.clipped_step(model, optimizer, 1.0))
+    assert float((model.model.norm.weight - before["model.norm.weight"]).abs().max()) > 1e-3

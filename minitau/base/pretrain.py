@@ -192,8 +192,7 @@ def train(cfg: Pretrain, model: Qwen3, folder: Path, ids_V: Tensor) -> tuple[lis
         loss, said = loss_of(model, batch, cfg)
         optimizer.zero_grad()
         parallel.backward(loss)
-        parallel.clip_grad_norm(model, 1.0)
-        optimizer.step()
+        parallel.clipped_step(model, optimizer, 1.0)
         seen_V[batch[0].long()] = True
         if cfg.forget_every and step % cfg.forget_every == 0 and step < FORGETTING * cfg.steps:
             half_V = ids_V & (torch.rand(len(ids_V), generator=generator) < 0.5)
