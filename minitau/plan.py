@@ -146,7 +146,7 @@ def many(count: int, what: str) -> str:
 
 
 def table(title: str, parts: Sequence[Part], unit: float = 1.0) -> list[str]:
-    return [title, *(f"  {part.name:<24}{part.amount / unit:>8.2f}  {part.how}" for part in parts), ""]
+    return [title, *(f"  {part.name:<24}{part.amount / unit:>8.2f}  {part.how}".rstrip() for part in parts), ""]
 
 
 def text(case: Case) -> str:
@@ -165,10 +165,10 @@ def text(case: Case) -> str:
     how = f"{keeps} of {shape.num_hidden_layers} blocks, {bytes_to_keep(shape):,} bytes a token; the others recompute"
     parts = [*memory_parts(case), Part("left for activations", left, how)]
     lines += table("Memory of the GPU that holds most, during an update, GB", parts, 1e9)
-    if case.guest:
+    if case.guest and (case.stage == "rft" or cfg.engine_sleep):  # else an update needs all that and more
         playing = playing_parts(case)
         rest = Part("left", gpu.memory - total(playing), "")
-        lines += table("The same while the engine plays, GB", [*playing, rest], 1e9)
+        lines += table("Memory of the same GPU while the engine plays, GB", [*playing, rest], 1e9)
     if case.own_gpus:
         own = [Part("driver, CUDA context", pace.RESERVED + pace.CONTEXT, "0.6 + 0.5"), *engine(case)]
         lines += table(f"Memory of each of GPUs {','.join(case.own_gpus)}, GB", own, 1e9)
