@@ -3,6 +3,7 @@
     python train.py --stage sft  --model MODEL --data FILE --out RUN
     python train.py --stage rft  --model MODEL --out RUN
     torchrun --nproc_per_node 8 train.py --stage grpo --model MODEL --out RUN
+    python train.py --stage grpo --model MODEL --dry-run    # what memory and time it would take
 
 RUN/model is the result, a Hugging Face directory; RUN/metrics.jsonl has one line a step.
 """
@@ -20,7 +21,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from minitau import batch, checkpoint, config, grpo, parallel, rejection, reward, rollout, sft
+from minitau import batch, checkpoint, config, grpo, parallel, plan, rejection, reward, rollout, sft
 from minitau.ahead import Player
 from minitau.curriculum import Curriculum
 from minitau.engines import check_engine, open_engine
@@ -388,7 +389,9 @@ def cosine(done: int, total: int, cfg: config.SFT | config.RFT) -> float:
 
 
 def main(argv: list[str]) -> None:
-    stage, cfg = config.parse_stage(argv)
+    stage, cfg, dry_run = config.parse_stage(argv)
+    if dry_run:
+        return plan.show(stage, cfg, dry_run)
     parallel.start()
     try:
         {"sft": train_sft, "rft": train_rft, "grpo": train_grpo}[stage](cfg)

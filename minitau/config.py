@@ -192,6 +192,33 @@ class GRPO(Training, Episodes):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What --dry-run cannot see: GPUs that nobody has rented yet, and how conversations will go (as on tau2-bench)."""
+
+    gpus: int = setting(8, "GPUs of the node: a rank on each, and on --engine-gpus servers instead")
+    gpu: str = setting("h100", "their kind: H100 80GB or H200", ("h100", "h200"))
+    user_mem: float = setting(
+        0.3, "tau2: serve_user.py's --mem-fraction, on a GPU that trains; 0 if the customers' model is elsewhere"
+    )
+    opening_tokens: int = setting(
+        6000, "policy and tools: 4.8k airline and retail, 7.6k telecom, weighed by their training tasks"
+    )
+    turns: int = setting(
+        20, "replies of the agent in a conversation, on average: the reference solutions take 10, with nothing to ask"
+    )
+    said_tokens: int = setting(80, "of a reply: 24 in the reference solutions, which say no more than they must")
+    heard_tokens: int = setting(120, "from one reply to the next: 115 in the reference solutions")
+    user_seconds: float = setting(
+        1.0,
+        "until customer or environment have answered a reply, on average: 50 tokens at 73 a second, two or three times "
+        "where the customer has tools, and nothing where the reply was a call",
+    )
+    flat_groups: float = setting(
+        0.375, "part of the groups whose attempts do not differ, which --dynamic-sampling draws again: 0.35 to 0.4"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation(Episodes):
     """pass@k and pass^k of one agent on one split."""
 
@@ -324,7 +351,7 @@ class OneLineParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
+def add_flags(parser: argparse._ActionsContainer, kind: type) -> None:
     """One flag a field. Defaults stay out of the namespace, so that presets can tell what was typed."""
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -359,21 +386,33 @@ def check_typed(typed: dict[str, Any]) -> None:
                 raise BadInput(f"--{flag} leaves nothing for --{extra} to say; leave one of them out")
 
 
-def parse_stage(argv: list[str]) -> tuple[str, Any]:
-    """The stage's name and its settings: see `settle`."""
+def parse_stage(argv: list[str]) -> tuple[str, Any, DryRun | None]:
+    """The stage's name, its settings (see `settle`), and with --dry-run what that has been told."""
     first = OneLineParser("train.py", add_help=False, allow_abbrev=False)
     first.add_argument("--stage", choices=tuple(STAGES))
     known, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     parser = OneLineParser("train.py", description="Train one stage: sft, rft or grpo.", allow_abbrev=False)
     parser.add_argument("--stage", choices=tuple(STAGES), required=True, help="what to train")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="courier", help="a set of defaults")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train nothing: print what memory and time it would take on GPUs that need not be there; of --model only "
+        "config.json is read",
+    )
     add_flags(parser, STAGES[known.stage or "grpo"])
+    add_flags(parser.add_argument_group("for --dry-run"), DryRun)
     given = vars(parser.parse_args(argv))
-    stage, preset = given.pop("stage"), given.pop("preset")
+    stage, preset, is_dry = given.pop("stage"), given.pop("preset"), given.pop("dry_run")
+    told = {field.name: given.pop(field.name) for field in dataclasses.fields(DryRun) if field.name in given}
+    if told and not is_dry:
+        raise BadInput(f"--{next(iter(told)).replace('_', '-')} is for --dry-run (torchrun gives the GPUs of a run)")
     check_typed(given)
-    cfg = settle(STAGES[stage], given, PRESETS[preset][stage])
-    check(cfg, required=("model", "out") + (("data",) if stage == "sft" else ()))
-    return stage, cfg
+    cfg, dry_run = settle(STAGES[stage], given, PRESETS[preset][stage]), DryRun(**told) if is_dry else None
+    check(cfg, required=("model",) if is_dry else ("model", "out") + (("data",) if stage == "sft" else ()))
+    if dry_run:
+        check_dry_run(dry_run)
+    return stage, cfg, dry_run
 
 
 def parse(kind: type, prog: str, description: str, argv: list[str] | None = None) -> Any:
@@ -495,6 +534,18 @@ def check_engines(values: dict[str, Any]) -> None:
         raise BadInput(f"--engine-sleep leaves nothing to --{'engine-gpus' if gpus else 'ahead'}: leave one out")
     if values.get("ahead") and not (gpus or urls):
         raise BadInput("--ahead 1 needs servers that share no GPU with the trainer: add --engine-gpus or --engine-url")
+
+
+def check_dry_run(told: DryRun) -> None:
+    """Raise BadInput for GPUs or conversations that there cannot be."""
+    for name in ("gpus", "opening_tokens", "turns", "said_tokens", "heard_tokens"):
+        if getattr(told, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(told, name)}; it must be at least 1")
+    for name in ("user_mem", "flat_groups"):
+        if not 0 <= getattr(told, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(told, name)}; it must be at least 0 and under 1")
+    if not 0 <= told.user_seconds < math.inf:
+        raise BadInput(f"--user-seconds is {told.user_seconds}; it must be a number from 0 up")
 
 
 # What a resumed run may change without becoming another run.

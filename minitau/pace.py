@@ -1,0 +1,121 @@
+"""How long the parts of a step take on GPUs that nobody has rented yet: rates that were measured, and arithmetic.
+
+`update_seconds` and `round_seconds` are what a benchmark can hold against its clock. This file loads and measures
+nothing; it knows a model by its shape, and no settings but those of the dry run. Letters as in memory.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from minitau import batch, config, memory
+from minitau.memory import HALF
+from minitau.model import ModelConfig
+
+
+class Gpu(NamedTuple):
+    name: str
+    memory: int  # bytes, as nvidia-smi has them
+    bandwidth: float  # bytes a second, as the datasheet has it
+
+
+# The two differ here in these two numbers only: their matrix units are the same, and so are the rates below.
+GPUS = {"h100": Gpu("H100 80GB", 81_559 << 20, 3.35e12), "h200": Gpu("H200", 143_771 << 20, 4.8e12)}
+PEAK_FLOPS = 989e12  # dense bf16 of either, datasheet
+# Measured, each on H200s with random weights of the 4B shape:
+MFU_KEPT = 0.53  # benchmarks/trainer.py --parts speed, one GPU, 16k tokens, nothing recomputed; AdamW is in it
+MFU_RECOMPUTED = 0.43  # the same, every block recomputed
+DECODE = 0.98  # part of the bandwidth at which SGLang 0.5.16 reads weights and cache: 5.7k tokens/s, 64 at once of 4.7k
+PREFILL = 0.47  # part of the peak: 58k tokens/s, same server (with decoding: 4.7k output tokens/s at 512 in, 256 out)
+SYNC = 8.04e9 / 0.1  # bytes/s to a server: benchmarks/engine.py, one GPU
+GATHER = 8.04e9 / 0.21  # bytes/s, weights of FSDP2 shards made whole, two GPUs
+# Not measured yet:
+SEVERAL = 0.92  # of one GPU's speed where FSDP2 moves weights and gradients between several
+DISK = 1e9  # bytes/s of a checkpoint, all ranks together
+RESERVED = 0.6e9  # bytes of a GPU that its driver keeps
+CONTEXT = 0.5e9  # of each process that uses a GPU
+BESIDE = 2e9  # of a server of SGLang: CUDA graphs and workspace, which --engine-mem does not count
+
+
+def flops(shape: ModelConfig, lengths: Sequence[int], said: int) -> float:
+    """Of forward and backward over packed sequences, with `said` rows at the head: 6 for each weight that a token
+    meets, and 6 L H d len^2 of causal attention, which is counted at half. Nothing that is computed again counts."""
+    blocks = shape.num_hidden_layers * memory.block_parameters(shape)
+    attention = shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+    head = shape.vocab_size * shape.hidden_size
+    return 6.0 * (blocks * sum(lengths) + head * said + attention * sum(n * n for n in lengths))
+
+
+def mfu(again: float) -> float:
+    """Of training, if this part of the blocks is recomputed."""
+    return MFU_KEPT + again * (MFU_RECOMPUTED - MFU_KEPT)
+
+
+def recomputed(shape: ModelConfig, keep: float, tokens: int) -> int:
+    """As Qwen3.recomputed."""
+    return shape.num_hidden_layers - int(min(shape.num_hidden_layers, keep // tokens))
+
+
+def update_seconds(
+    shape: ModelConfig,
+    lengths: Sequence[int],
+    said: Sequence[int],
+    *,
+    budget: int,
+    ranks: int = 1,
+    keep: float = math.inf,
+    forward_only: bool = False,
+) -> float:
+    """Of an optimizer step, or of log-probabilities alone, on trajectories of these lengths of which the agent said
+    so many tokens. The ranks take a micro-batch together, so that the longest of them counts.
+
+    budget: --micro-batch-tokens. keep: see Qwen3.keep.
+    """
+    bins = batch.plan(lengths, budget, ranks)
+
+    def seconds(indices: Sequence[int]) -> float:
+        packed = [lengths[i] for i in indices]
+        again = recomputed(shape, keep, sum(packed)) / shape.num_hidden_layers if packed and not forward_only else 0.0
+        work = flops(shape, packed, sum(said[i] for i in indices)) / (3 if forward_only else 1)
+        return work / (PEAK_FLOPS * mfu(again) * (SEVERAL if ranks > 1 else 1))
+
+    return sum(max(seconds(of_rank) for of_rank in at_once) for at_once in zip(*bins))
+
+
+def cache_bytes(shape: ModelConfig) -> int:
+    """Bytes a token in an engine's KV cache."""
+    return 2 * HALF * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+
+
+def turns_of(count: int, mean: float, longest: int) -> list[int]:
+    """Replies in each of `count` conversations: evenly spaced quantiles of longest x u^(longest / mean - 1), whose
+    mean is `mean`."""
+    power = longest / min(mean, longest) - 1
+    return [max(1, round(longest * ((i + 0.5) / count) ** power)) for i in range(count)]
+
+
+def length(told: config.DryRun, turns: int) -> int:
+    return told.opening_tokens + turns * (told.said_tokens + told.heard_tokens)
+
+
+def turn_seconds(shape: ModelConfig, gpu: Gpu, contexts: Sequence[int], told: config.DryRun) -> float:
+    """Of one reply in each of the conversations of these lengths, on one engine: every token that is said reads all
+    weights and cache once, what was heard is computed, and the customer takes as long for all."""
+    reads = HALF * memory.parameters(shape) + sum(contexts) * cache_bytes(shape)
+    prefill = PREFILL * PEAK_FLOPS / (2 * memory.parameters(shape))  # tokens a second
+    said = told.said_tokens * reads / (DECODE * gpu.bandwidth)
+    return said + len(contexts) * told.heard_tokens / prefill + told.user_seconds
+
+
+def round_seconds(shape: ModelConfig, gpu: Gpu, turns: Sequence[int], at_once: int, told: config.DryRun) -> float:
+    """Of conversations of so many replies on one engine, at most `at_once` at a time, one starting where another ends.
+    (An opening is computed once and then cached: too little to count.)"""
+    waiting, playing, seconds = list(turns), [], 0.0  # of those who play: (replies done, in all)
+    while waiting or playing:
+        while waiting and len(playing) < at_once:
+            playing.append((0, waiting.pop(0)))
+        seconds += turn_seconds(shape, gpu, [length(told, done) for done, _ in playing], told)
+        playing = [(done + 1, of) for done, of in playing if done + 1 < of]
+    return seconds

@@ -1,0 +1,235 @@
+"""--dry-run: what a run would need, before anybody rents the GPUs: memory of a GPU by part, seconds of a step by part.
+
+Arithmetic on a model's config.json, the run's settings and config.DryRun; nothing is loaded, started or measured. The
+memory is budget.py's, the formulas of time and the rates in them are pace.py's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+from minitau import checkpoint, config, memory, pace
+from minitau.budget import (
+    Case,
+    Part,
+    advice,
+    bytes_to_keep,
+    count_of,
+    engine,
+    gb,
+    keep,
+    memory_parts,
+    playing_parts,
+    problems,
+    room,
+    total,
+)
+from minitau.episode import BadInput
+from minitau.memory import ADAM, HALF, MASTER
+from minitau.model import ModelConfig
+
+
+def longest(case: Case) -> int:
+    """Replies in the longest conversation that the limits allow (a step of tau2's is a message of either side)."""
+    cfg, told = case.cfg, case.told
+    room = max(1, (case.limit - told.opening_tokens) // (told.said_tokens + told.heard_tokens))
+    return min(room, most_turns(cfg))
+
+
+def most_turns(cfg: Any) -> int:
+    if isinstance(cfg, config.SFT) or cfg.env == "tau2":
+        return min(getattr(cfg, "max_turns", math.inf), getattr(cfg, "max_steps", config.Episodes.max_steps) // 2)
+    return cfg.max_turns
+
+
+def at_once(case: Case, conversations: int) -> int:
+    """Conversations that one engine serves at a time: what --concurrency allows and the cache has room for. Openings
+    are in it once a domain."""
+    engines, cfg, told = len(case.own_gpus) or case.ranks, case.cfg, case.told
+    allowed = min(cfg.concurrency, math.ceil(conversations / case.ranks)) * math.ceil(case.ranks / engines)
+    openings = told.opening_tokens * len(cfg.domains)
+    tokens = engine(case)[1].amount / pace.cache_bytes(case.shape) - openings
+    room = int(tokens // (pace.length(told, told.turns) - told.opening_tokens))
+    return max(1, min(allowed, room))
+
+
+def rollout(case: Case, rounds: Sequence[int], attempts: int) -> Part:
+    """Rounds of so many tasks, one after the other; each takes as long as the engine that has the longest."""
+    engines, seconds = len(case.own_gpus) or case.ranks, 0.0
+    for tasks in rounds:
+        turns = pace.turns_of(tasks * attempts, case.told.turns, longest(case))
+        theirs = turns[::-1][::engines]
+        theirs = Random(0).sample(theirs, len(theirs))  # nobody knows beforehand which they are
+        seconds += pace.round_seconds(case.shape, case.gpu, theirs, at_once(case, len(turns)), case.told)
+    most, told = at_once(case, rounds[0] * attempts), case.told
+    whole = pace.length(told, told.turns)
+    reply = pace.turn_seconds(case.shape, case.gpu, [whole] * most, told)
+    how = (
+        f"{' + '.join(map(str, rounds))} tasks x {attempts}, {many(engines, 'engine')}, {most} at once on each, "
+        f"{longest(case)} turns at most; a turn {reply:.2f} s at {whole:,} tokens"
+    )
+    return Part("rollout", seconds, how)
+
+
+def updates(case: Case, conversations: int, parts: int = 1) -> list[Part]:
+    """The update, in so many optimizer steps, and before it the log-probabilities that GRPO needs."""
+    cfg, told, shape = case.cfg, case.told, case.shape
+    turns = pace.turns_of(conversations, told.turns, longest(case))
+    turns = Random(0).sample(turns, len(turns))
+    passes = case.reference + (parts > 1)
+    seconds = [0.0, 0.0]
+    for i in range(parts):
+        lengths = [pace.length(told, n) for n in turns[i::parts]]
+        said = [n * told.said_tokens for n in turns[i::parts]]
+        how = {"budget": cfg.micro_batch_tokens, "ranks": case.ranks}
+        seconds[0] += passes * pace.update_seconds(shape, lengths, said, **how, forward_only=True)
+        seconds[1] += pace.update_seconds(shape, lengths, said, **how, keep=keep(case))
+    tokens = sum(pace.length(told, n) for n in turns)
+    again = pace.recomputed(shape, keep(case), cfg.micro_batch_tokens)
+    speed = f"{case.ranks} x {pace.PEAK_FLOPS / 1e12:.0f} TFLOP/s x MFU {pace.mfu(again / shape.num_hidden_layers):.2f}"
+    several = f" x {pace.SEVERAL:g}" if case.ranks > 1 else ""
+    how = f"{passes} x a third of the update's FLOP, at MFU {pace.MFU_KEPT:g}{several}"
+    scoring = Part("log-probabilities", seconds[0], how)
+    flop = pace.flops(shape, [pace.length(told, n) for n in turns], told.said_tokens * sum(turns))
+    how = (
+        f"{tokens:,} tokens, {flop / 1e15:.1f} PFLOP / ({speed}{several}), {again} of {shape.num_hidden_layers} blocks "
+        "recomputed"
+    )
+    return [*([scoring] if passes else []), Part("update", seconds[1], how)]
+
+
+def sync(case: Case) -> Part:
+    size = HALF * memory.parameters(case.shape)
+    seconds, how = size / pace.SYNC, f"{gb(size)} / {gb(pace.SYNC)}/s to the server"
+    if case.ranks > 1:
+        seconds, how = seconds + size / pace.GATHER, f"{how}, and / {gb(pace.GATHER)}/s to gather the shards"
+    return Part("weight sync", seconds, how)
+
+
+def checkpoint_bytes(shape: ModelConfig) -> int:
+    return (MASTER + ADAM + HALF) * memory.parameters(shape)
+
+
+def saving(case: Case) -> Part:
+    size, every = checkpoint_bytes(case.shape), case.cfg.save_every
+    return Part("checkpoint", size / pace.DISK / every, f"{gb(size)} / {gb(pace.DISK)}/s, every {every} steps")
+
+
+def step_parts(case: Case) -> list[Part]:
+    """Of an optimizer step of SFT or RFT, of a whole step of GRPO."""
+    cfg = case.cfg
+    if case.stage != "grpo":
+        return [*updates(case, cfg.batch_size), saving(case)]
+    flat = case.told.flat_groups if cfg.dynamic_sampling else 0.0
+    rounds = [math.ceil(cfg.tasks_per_step * flat**i) for i in range(cfg.max_rounds) if i == 0 or flat]
+    training = updates(case, cfg.tasks_per_step * cfg.group_size, cfg.updates_per_step)
+    return [rollout(case, rounds, cfg.group_size), *training, sync(case), saving(case)]
+
+
+def step_seconds(case: Case, parts: Sequence[Part]) -> float:
+    """With --ahead the rollout of one batch goes on beside the training on another."""
+    seconds = {part.name: part.amount for part in parts}
+    if getattr(case.cfg, "ahead", 0):
+        beside = [seconds.pop(name, 0.0) for name in ("log-probabilities", "update")]
+        seconds["rollout"] = max(seconds["rollout"], sum(beside))
+    return sum(seconds.values())
+
+
+# -- what is printed ------------------------------------------------------------------------------------------
+
+
+def many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def table(title: str, parts: Sequence[Part], unit: float = 1.0) -> list[str]:
+    return [title, *(f"  {part.name:<24}{part.amount / unit:>8.2f}  {part.how}".rstrip() for part in parts), ""]
+
+
+def text(case: Case) -> str:
+    """The whole plan. It holds also where it does not fit, but for the times."""
+    cfg, told, shape, gpu = case.cfg, case.told, case.shape, case.gpu
+    mean = pace.length(told, told.turns)
+    lines = [
+        f"Computed, not measured: {case.stage} of {count_of(shape)} parameters on {told.gpus} x {gpu.name} "
+        f"({gb(gpu.memory)}, {gpu.bandwidth / 1e12:g} TB/s each).",
+        f"Assumed of conversations: {told.opening_tokens:,} + {told.turns} turns x ({told.said_tokens} said + "
+        f"{told.heard_tokens} heard) = {mean:,} tokens on average, a customer of {told.user_seconds:g} s a turn.",
+        "",
+    ]
+    left = room(case)
+    keeps = shape.num_hidden_layers - pace.recomputed(shape, keep(case), cfg.micro_batch_tokens)
+    how = f"{keeps} of {shape.num_hidden_layers} blocks, {bytes_to_keep(shape):,} bytes a token; the others recompute"
+    parts = [*memory_parts(case), Part("left for activations", left, how)]
+    lines += table("Memory of the GPU that holds most, during an update, GB", parts, 1e9)
+    if case.guest and (case.stage == "rft" or cfg.engine_sleep):  # else an update needs all that and more
+        playing = playing_parts(case)
+        rest = Part("left", gpu.memory - total(playing), "")
+        lines += table("Memory of the same GPU while the engine plays, GB", [*playing, rest], 1e9)
+    if case.own_gpus:
+        own = [Part("driver, CUDA context", pace.RESERVED + pace.CONTEXT, "0.6 + 0.5"), *engine(case)]
+        lines += table(f"Memory of each of GPUs {','.join(case.own_gpus)}, GB", own, 1e9)
+    loading = case.ranks * MASTER * memory.parameters(shape)
+    disk = (cfg.keep + 1) * checkpoint_bytes(shape) + HALF * memory.parameters(shape)
+    lines += [
+        f"Of the node: {gb(loading)} of its own memory to load {many(case.ranks, 'rank')}; {gb(disk)} of disk for "
+        f"{cfg.keep} + 1 checkpoints and the model",
+        "",
+    ]
+    if not problems(case):
+        lines += times(case)
+    return "\n".join(lines)
+
+
+def times(case: Case) -> list[str]:
+    """Seconds of a step, and of what else the stage does."""
+    cfg, parts = case.cfg, step_parts(case)
+    seconds = step_seconds(case, parts)
+    lines = []
+    if case.stage == "rft":
+        playing = [rollout(case, [cfg.round_tasks], cfg.samples), sync(case)]
+        whole = Part("in all", total(playing), f"for {cfg.round_tasks * cfg.samples} conversations")
+        lines += table("Time of a round of collecting, s", [*playing, whole])
+    how = "rollout beside the update (--ahead)" if getattr(cfg, "ahead", 0) else "one after the other"
+    if case.stage == "grpo":
+        how += f"; {cfg.steps} steps: {cfg.steps * seconds / 3600:.1f} hours"
+    lines += table("Time of a step, s", [*parts, Part("in all", seconds, how)])
+    return [
+        *lines,
+        "Not counted: starting (loading, compilation, servers), grading, and what customers on the same GPUs take from",
+        "the engine. H100 and H200 differ here in memory and bandwidth only.",
+    ]
+
+
+def show(stage: str, cfg: Any, told: config.DryRun) -> None:
+    """Print the plan. Raises BadInput for what cannot be planned and, after it, for what does not fit."""
+    case = Case(stage, cfg, checkpoint.read_config(cfg.model), told)
+    check(case)
+    print(text(case))
+    if found := problems(case):
+        enough = "; or ".join(advice(case)) or "a smaller model"
+        raise BadInput(f"it does not fit: {', and '.join(found)}. Enough would be: {enough}")
+    print("It fits.")
+
+
+def check(case: Case) -> None:
+    """Raise BadInput for what this file knows no figures of."""
+    cfg, gpus = case.cfg, case.own_gpus
+    if cfg.dtype != "bfloat16":
+        raise BadInput("--dry-run knows the figures of bf16 on GPUs: add --dtype bfloat16, or --preset tau2-4b")
+    if case.samples and cfg.engine != "sglang":
+        raise BadInput("--dry-run knows the figures of SGLang as the engine: add --engine sglang, or --preset tau2-4b")
+    if case.samples and cfg.engine_url:
+        raise BadInput("--dry-run does not know where the servers of --engine-url are; name their GPUs: --engine-gpus")
+    if gpus and not 1 <= len(gpus) <= case.ranks:
+        raise BadInput(
+            f"--engine-gpus takes {len(gpus)} of --gpus {case.told.gpus}; at least as many must be left to train on"
+        )
+    if (turns := case.told.turns) > most_turns(cfg):
+        raise BadInput(f"--turns is {turns}; the limits end a conversation after {most_turns(cfg)} replies")
+    if wrong := [gpu for gpu in gpus if not case.ranks <= int(gpu) < case.told.gpus]:
+        free = f"{case.ranks} to {case.told.gpus - 1}"
+        raise BadInput(f"--engine-gpus {wrong[0]}: ranks train on the first {case.ranks} GPUs; servers may have {free}")

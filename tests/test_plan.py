@@ -1,0 +1,305 @@
+"""What a run would need, against arithmetic done by hand and against what was measured."""
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+
+import train
+from benchmarks.mfu import LENGTHS, SHAPES, step_flops
+from minitau import budget, config, memory, pace, plan
+from minitau.log import run_script
+from minitau.model import ModelConfig
+
+FOUR_B = ModelConfig()
+PARAMETERS = 4_022_468_096
+H200_BYTES = 150_754_820_096  # 143771 MiB
+SMALL = ModelConfig(
+    vocab_size=100,
+    hidden_size=10,
+    intermediate_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A directory that holds nothing but the config.json of a 4B model."""
+    path = tmp_path / "4b"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "qwen3", **dataclasses.asdict(FOUR_B)}))
+    return path
+
+
+@pytest.fixture
+def round_rates(monkeypatch):
+    """Rates that are easy to reckon with."""
+    rates = {"PEAK_FLOPS": 1000.0, "MFU_KEPT": 0.5, "MFU_RECOMPUTED": 0.25, "SEVERAL": 0.5, "DECODE": 0.5}
+    for name, value in {**rates, "PREFILL": 0.1, "RESERVED": 0.0, "CONTEXT": 0.0, "BESIDE": 0.0}.items():
+        monkeypatch.setattr(pace, name, value)
+        if hasattr(budget, name):
+            monkeypatch.setattr(budget, name, value)
+
+
+def dry_run(capsys, model, flags):
+    """(exit status, what is printed, what stands on stderr) of train.py with these flags."""
+    try:
+        status = run_script("train.py", train.main, [*flags.split(), "--model", str(model), "--dry-run"])
+    except SystemExit as stop:  # argparse leaves by itself
+        status = stop.code
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def case(flags="", stage="grpo", **told):
+    words = f"--stage {stage} --preset tau2-4b --model none --dry-run {flags}".split()
+    _, cfg, asked = config.parse_stage(words)
+    return budget.Case(stage, cfg, FOUR_B, dataclasses.replace(asked, **told))
+
+
+def amounts(parts):
+    return {part.name: part.amount for part in parts}
+
+
+# -- time --------------------------------------------------------------------------------------------------
+
+
+def test_flops_by_hand():
+    # A block has 240 weights of attention, 600 of the MLP and 28 of norms; the head 1000. L H d is 16.
+    assert pace.flops(SMALL, [3, 1], said=2) == 6 * (2 * 868 * 4 + 1000 * 2 + 16 * (9 + 1))
+
+
+def test_flops_are_the_benchmarks_where_every_token_is_predicted():
+    assert pace.flops(FOUR_B, LENGTHS, sum(LENGTHS)) == pytest.approx(step_flops(SHAPES["4b"], LENGTHS), rel=1e-6)
+
+
+def test_an_update_by_hand(round_rates):
+    work = 6 * (2 * 868 * 4 + 1000 * 4 + 16 * 10)
+    together = {"budget": 4, "ranks": 1}
+    assert pace.update_seconds(SMALL, [3, 1], [3, 1], **together) == pytest.approx(work / 500)
+    assert pace.update_seconds(SMALL, [3, 1], [3, 1], **together, keep=0) == pytest.approx(work / 250)
+    # Four tokens kept in one of two blocks: half of the blocks are recomputed, at an MFU in the middle.
+    assert pace.update_seconds(SMALL, [3, 1], [3, 1], **together, keep=7) == pytest.approx(work / 375)
+    # Log-probabilities are a third, and keep nothing.
+    alone = pace.update_seconds(SMALL, [3, 1], [3, 1], **together, keep=0, forward_only=True)
+    assert alone == pytest.approx(work / 3 / 500)
+
+
+def test_ranks_wait_for_the_longest_micro_batch(round_rates):
+    seconds = pace.update_seconds(SMALL, [3, 1], [3, 1], budget=3, ranks=2)
+    assert seconds == pytest.approx(6 * (2 * 868 * 3 + 1000 * 3 + 16 * 9) / (500 * 0.5))
+
+
+def test_the_update_that_was_measured():
+    """16,384 tokens of mixed lengths on one H200 at an MFU of .53: 4.746e14 FLOP."""
+    seconds = pace.update_seconds(FOUR_B, LENGTHS, LENGTHS, budget=16_384)
+    assert seconds * pace.MFU_KEPT == pytest.approx(4.746e14 / 989e12, rel=1e-3)
+
+
+def test_turns_are_spread_around_their_mean():
+    assert pace.turns_of(4, mean=20, longest=40) == [5, 15, 25, 35]
+    assert pace.turns_of(3, mean=20, longest=20) == [20, 20, 20]
+    spread = pace.turns_of(64, mean=20, longest=50)
+    assert sum(spread) / 64 == pytest.approx(20, rel=0.02) and 1 <= min(spread) < 3 and 45 < max(spread) <= 50
+
+
+def test_a_turn_by_hand(round_rates):
+    told = config.DryRun(said_tokens=10, heard_tokens=7, user_seconds=2.0)
+    gpu = pace.Gpu("made up", 0, 1000.0)
+    # 2746 parameters: 5492 bytes of weights; 32 bytes a cached token. Prefill: 100 FLOP/s / (2 x 2746) tokens/s.
+    reading = 10 * (5492 + 150 * 32) / (0.5 * 1000)
+    prefill = 2 * 7 / (100 / 5492)
+    assert pace.turn_seconds(SMALL, gpu, [100, 50], told) == pytest.approx(reading + prefill + 2)
+
+
+def test_a_conversation_starts_where_another_ends(monkeypatch):
+    monkeypatch.setattr(pace, "PREFILL", math.inf)
+    told, gpu = config.DryRun(user_seconds=2.0), pace.Gpu("without limits", 0, math.inf)
+    for at_once, turns in ((2, 3), (1, 4)):
+        assert pace.round_seconds(SMALL, gpu, [1, 3], at_once, told) == 2.0 * turns
+    assert pace.round_seconds(SMALL, gpu, [2, 4, 2], 2, told) == 2.0 * 4
+
+
+def test_the_generation_that_was_measured():
+    """SGLang on an H200: 64 prompts of 4096 cached and 512 new tokens, 256 out: 4.7k output tokens/s; decoding 5.7k."""
+    told = config.DryRun(said_tokens=256, heard_tokens=512, user_seconds=0.0)
+    contexts = [4096 + 512 + 128] * 64
+    seconds = pace.turn_seconds(FOUR_B, pace.GPUS["h200"], contexts, told)
+    assert 64 * 256 / seconds == pytest.approx(4700, rel=0.03)
+    alone = seconds - 64 * 512 / 58_000
+    assert 64 * 256 / alone == pytest.approx(5700, rel=0.03)
+
+
+def test_a_step_is_the_sum_of_its_parts_or_two_of_them_go_on_at_once():
+    parts = [budget.Part(name, s, "") for name, s in (("rollout", 9.0), ("log-probabilities", 2.0), ("update", 5.0))]
+    parts += [budget.Part("weight sync", 1.0, ""), budget.Part("checkpoint", 0.5, "")]
+    assert plan.step_seconds(case(), parts) == 17.5
+    ahead = case("--gpus 8 --engine-gpus 4,5,6,7 --ahead 1")
+    assert plan.step_seconds(ahead, parts) == 10.5
+    parts[2] = budget.Part("update", 11.0, "")
+    assert plan.step_seconds(ahead, parts) == 14.5
+
+
+def test_sync_and_checkpoint_by_hand(monkeypatch):
+    for name, value in (("SYNC", 80e9), ("GATHER", 40e9), ("DISK", 2e9)):
+        monkeypatch.setattr(pace, name, value)
+    assert plan.sync(case("--gpus 1")).amount == pytest.approx(2 * PARAMETERS / 80e9)
+    assert plan.sync(case("--gpus 2")).amount == pytest.approx(2 * PARAMETERS * (1 / 80e9 + 1 / 40e9))
+    assert plan.saving(case("--save-every 5")).amount == pytest.approx(14 * PARAMETERS / 2e9 / 5)
+
+
+def test_groups_without_a_difference_are_drawn_again():
+    hows = [
+        plan.step_parts(case(flags))[0].how
+        for flags in ("--tasks-per-step 16 --flat-groups 0.5", "--no-dynamic-sampling", "--flat-groups 0")
+    ]
+    assert hows[0].startswith("16 + 8 + 4 tasks x 4") and all(how.startswith("16 tasks x 4") for how in hows[1:])
+
+
+def test_the_reference_and_several_updates_each_cost_a_pass():
+    for flags, passes in (("", 1), ("--updates-per-step 2", 2), ("--kl 0 --updates-per-step 2", 1)):
+        assert plan.step_parts(case(flags))[1].how.startswith(f"{passes} x a third")
+    assert "log-probabilities" not in amounts(plan.step_parts(case("--kl 0")))
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_divided_among_ranks():
+    for gpus in (1, 8):
+        parts = amounts(budget.memory_parts(case(f"--gpus {gpus}")))
+        assert parts["weights"] == 4 * PARAMETERS // gpus and parts["optimizer"] == 8 * PARAMETERS // gpus
+    # Several ranks keep the reference's embedding and last norm gathered, one the whole of it.
+    assert parts["reference"] == 4 * PARAMETERS / 8 + 2 * (151_936 * 2560 + 2560)
+    assert amounts(budget.memory_parts(case("--gpus 1")))["reference"] == 6 * PARAMETERS
+    assert "reference" not in amounts(budget.memory_parts(case("--kl 0")))
+
+
+def test_the_engines_share_by_hand(round_rates):
+    alone = case("--gpus 1 --gpu h200 --engine-mem 0.5 --kl 0", user_mem=0.0)
+    weights, cache, _ = budget.engine(alone)
+    assert weights.amount == 2 * PARAMETERS
+    assert cache.amount == pytest.approx((H200_BYTES - 4 * PARAMETERS) / 2 - 2 * PARAMETERS)
+    assert "402,069 tokens" in cache.how  # of 147,456 bytes
+    with_customers = case("--gpus 1 --gpu h200 --engine-mem 0.5 --kl 0", user_mem=0.25)
+    assert cache.amount - budget.engine(with_customers)[1].amount == pytest.approx(H200_BYTES / 8)
+    own = case("--gpus 2 --gpu h200 --engine-gpus 1 --engine-mem 0.5", user_mem=0.25)
+    assert budget.engine(own)[1].amount == pytest.approx(H200_BYTES / 2 - 2 * PARAMETERS)
+
+
+def test_the_cache_that_was_measured():
+    """--engine-sleep gave back 44 GB on one H200 with --engine-mem 0.4 and no reference (benchmarks/engine.py)."""
+    assert budget.engine(case("--gpus 1 --gpu h200 --kl 0", user_mem=0.0))[1].amount == pytest.approx(44e9, rel=0.05)
+
+
+def test_sleep_gives_the_cache_to_kept_activations(monkeypatch):
+    monkeypatch.setattr(memory, "kept_by_block", lambda cfg: 100_020)
+    monkeypatch.setattr(memory, "kept_by_recomputed", lambda cfg: 20)
+    awake, asleep = (case(f"--gpus 8 --gpu h200 {flag}", user_mem=0.0) for flag in ("", "--engine-sleep"))
+    cache = budget.engine(awake)[1].amount
+    assert budget.room(asleep) - budget.room(awake) == pytest.approx(cache)
+    assert budget.keep(asleep) - budget.keep(awake) == pytest.approx(cache / 100_000)
+    assert pace.recomputed(FOUR_B, 2.5 * 32_768, 32_768) == 34 and pace.recomputed(FOUR_B, math.inf, 32_768) == 0
+    assert budget.keep(case("--recompute all")) == 0 and budget.keep(case("--recompute none")) == math.inf
+
+
+def test_the_peak_grows_by_what_is_kept(monkeypatch):
+    monkeypatch.setattr(memory, "kept_by_block", lambda cfg: 100)
+    monkeypatch.setattr(memory, "kept_by_recomputed", lambda cfg: 20)
+    at = [budget.peak_bytes(SMALL, 1000, 1, recomputed) for recomputed in (2, 1, 0)]
+    assert at[1] - at[0] == at[2] - at[1] == 80 * 1000
+
+
+def test_rft_trains_without_its_engine_and_sft_has_none():
+    for stage in ("rft", "sft"):
+        assert not any("engine" in name for name in amounts(budget.memory_parts(case(stage=stage))))
+    assert {"engine: KV cache", "weights"} <= amounts(budget.playing_parts(case(stage="rft"))).keys()
+    assert "optimizer" not in amounts(budget.playing_parts(case(stage="rft")))
+
+
+def test_what_does_not_fit():
+    def said(*args, **told):
+        return " ".join(budget.problems(case(*args, **told)))
+
+    assert not said("--gpus 8") and not said("--gpus 2 --gpu h200 --engine-sleep")
+    assert "an update needs" in said("--gpus 1 --gpu h200")
+    assert "cache holds" in said("--gpus 8 --engine-mem 0.2")
+    assert "--recompute none" in said("--gpus 8 --recompute none")
+    assert "longer than the limit of 8,192" in said("--gpus 8 --max-tokens 8192")
+    # 22e9 parameters over 8 ranks are 11 GB each, but a model is loaded whole: 88 GB.
+    large = dataclasses.replace(FOUR_B, num_hidden_layers=216)
+    found = budget.problems(dataclasses.replace(case("--gpus 8 --kl 0", user_mem=0.0), shape=large))
+    assert any("loading puts whole fp32 weights" in each for each in found)
+
+
+# -- the command -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["sft", "rft", "grpo"])
+def test_a_dry_run_needs_a_config_and_leaves_nothing(capsys, model, tmp_path, stage):
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = dry_run(capsys, model, f"--stage {stage} --preset tau2-4b --gpus 8 --gpu h100")
+    assert status == 0 and not err and out.rstrip().endswith("It fits.")
+    assert "Computed, not measured" in out and "8 x H100 80GB" in out and "4.02e9" in out
+    assert ("rollout" in out) == (stage != "sft") and "update" in out and "checkpoint" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_columns_add_up(capsys, model):
+    _, out, _ = dry_run(capsys, model, "--stage grpo --preset tau2-4b --gpus 8 --gpu h100")
+    first, *_, steps = [block for block in out.split("\n\n") if block.startswith(("Memory", "Time"))]
+    values = [float(re.match(r"  .{24} *(-?[\d.]+)  ", line)[1]) for line in first.splitlines()[1:]]
+    assert sum(values) == pytest.approx(81_559 * 2**20 / 1e9, abs=0.1)
+    *parts, whole = [float(re.match(r"  .{24} *(-?[\d.]+)  ", line)[1]) for line in steps.splitlines()[1:]]
+    assert len(parts) == 5 and sum(parts) == pytest.approx(whole, abs=0.05)
+
+
+def test_what_does_not_fit_is_one_line_with_a_way_out(capsys, model):
+    flags = "--stage grpo --preset tau2-4b --gpus 1 --gpu h200"
+    status, out, err = dry_run(capsys, model, flags)
+    assert status == 2 and err.count("\n") == 1 and "it does not fit: an update needs" in err
+    assert "left for activations" in out and "It fits" not in out and "Time of a step" not in out
+    ways = err.split("Enough would be: ")[1].strip().split("; or ")
+    assert len(ways) > 2 and any("--gpus 2" in way for way in ways)
+    for way in ways:
+        typed = way.replace("customers elsewhere (--user-mem 0)", "--user-mem 0").replace(" with ", " ")
+        assert dry_run(capsys, model, f"{flags} {typed}")[0] == 0, way
+
+
+def test_engines_on_gpus_of_their_own(capsys, model):
+    flags = "--stage grpo --preset tau2-4b --gpus 8 --gpu h100"
+    status, out, _ = dry_run(capsys, model, f"{flags} --engine-gpus 4,5,6,7 --ahead 1")
+    assert status == 0 and "Memory of each of GPUs 4,5,6,7" in out and "/ 4 ranks" in out and "--ahead" in out
+    for gpus, why in (("3,4,5,6,7", "at least as many"), ("7,8", "GPUs; servers may have 6 to 7")):
+        status, out, err = dry_run(capsys, model, f"{flags} --engine-gpus {gpus}")
+        assert status == 2 and not out and why in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("--stage grpo --preset tau2-4b --gpu a100", "choose from"),
+        ("--stage grpo --preset tau2-4b --gpus 0", "--gpus is 0"),
+        ("--stage grpo --preset tau2-4b --user-mem 1", "--user-mem is 1.0"),
+        ("--stage grpo --preset tau2-4b --turns 60", "after 50 replies"),
+        ("--stage grpo", "--dtype bfloat16"),
+        ("--stage grpo --dtype bfloat16", "--engine sglang"),
+        ("--stage grpo --preset tau2-4b --engine-url http://127.0.0.1:1", "--engine-url"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(capsys, model, flags, why):
+    status, out, err = dry_run(capsys, model, flags)
+    assert status == 2 and not out and why in err and err.count("\n") == 1
+
+
+def test_flags_of_the_dry_run_are_for_it_alone(capsys, model):
+    argv = ["--stage", "sft", "--model", str(model), "--data", "none", "--out", "none", "--gpus", "4"]
+    assert run_script("train.py", train.main, argv) == 2
+    assert "--gpus is for --dry-run" in capsys.readouterr().err
+    assert run_script("train.py", train.main, ["--stage", "sft", "--dry-run"]) == 2
+    assert "--model is needed" in capsys.readouterr().err
