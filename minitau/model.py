@@ -43,7 +43,7 @@ class ModelConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in fp32 (Zhang & Sennrich 2019, eq. 4)."""
+    """x / rms(x) * weight over the last dimension, in fp32 and rounded once (Zhang & Sennrich 2019, eq. 4)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -53,21 +53,22 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x32 * scale).to(x.dtype)
+        return (self.weight * (x32 * scale)).to(x.dtype)
 
 
-def rope_tables(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (T, 1, d), of Su et al. 2021 eq. 15 in the half-split layout of Hugging Face."""
+def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (T, 1, d) in fp32, of Su et al. 2021 eq. 15 in the half-split layout of Hugging Face."""
     exponents = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
     angles = positions_T.float()[:, None] * theta**-exponents
     angles = torch.cat([angles, angles], dim=-1)[:, None, :]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + d/2]) of x (T, heads, d) by its position's angle."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+    """Turn each pair (x[i], x[i + d/2]) of x (T, heads, d) by its position's angle: in fp32, as engines do."""
+    x32 = x.float()
+    left, right = x32.chunk(2, dim=-1)
+    return (x32 * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -160,7 +161,7 @@ class Qwen3(nn.Module):
     def hidden(self, ids_T: Tensor, positions_T: Tensor, attends: Iterable[Attend]) -> Tensor:
         """Last hidden states (T, D), normed, of packed ids at their positions in their sequences."""
         x_TD = self.model.embed_tokens(ids_T)
-        cos, sin = rope_tables(positions_T, self.cfg.head_dim, self.cfg.rope_theta, x_TD.dtype)
+        cos, sin = rope_tables(positions_T, self.cfg.head_dim, self.cfg.rope_theta)
         # The first ones: backward comes to them when what the others kept is gone.
         again = self.recomputed(len(ids_T)) if torch.is_grad_enabled() else 0
         for i, (block, attend) in enumerate(zip(self.model.layers, attends)):

@@ -196,6 +196,13 @@ def shard(model: nn.Module, blocks: nn.ModuleList, compute_dtype: torch.dtype) -
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+def reshard(model: nn.Module) -> None:
+    """Give back what a forward gathered and, for want of a backward, still holds."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
@@ -253,7 +260,7 @@ class FullWeights:
     def parts(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of every one, as the ranks hold it: for those who gather many at once themselves."""
         if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # a forward without backward leaves the root's parameters gathered, in compute dtype
+            reshard(self.model)  # what is gathered is in the compute dtype
         return list(self.model.named_parameters())
 
 

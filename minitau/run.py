@@ -108,8 +108,11 @@ def micro_batches(cfg: config.Training, samples: Sequence[batch.Sample]) -> list
 
 def forward(model: Qwen3, mb: batch.MicroBatch, temperature: float, dtype: str) -> tuple[Tensor, Tensor]:
     """Log-probabilities of what the agent said, and entropies there: (N,) each."""
-    attend = packed_attention(mb.cu_seqlens, mb.ids_T.device, getattr(torch, dtype))
-    return model(mb.ids_T, mb.positions_T, attend, mb.predict_N, mb.targets_N, temperature)
+    attends = packed_attention(mb.cu_seqlens, mb.ids_T.device, getattr(torch, dtype))
+    found = model(mb.ids_T, mb.positions_T, attends, mb.predict_N, mb.targets_N, temperature)
+    if not torch.is_grad_enabled():
+        parallel.reshard(model)  # else the next forward would find weights from before the next step
+    return found
 
 
 def update(

@@ -1,5 +1,7 @@
 """What a training step is worth in FLOPs, against counts made another way."""
 
+from itertools import repeat
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +28,7 @@ def test_the_4b_shape_is_the_models_default():
     assert ModelConfig(**mfu.SHAPES["4b"]) == ModelConfig()
 
 
-def full_attention(layer, q, k, v):
+def full_attention(q, k, v):
     """Every token looks at every token: the matmuls that the formula counts at half."""
     k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
     scores = torch.bmm(q.transpose(0, 1), k.permute(1, 2, 0))
@@ -38,7 +40,7 @@ def test_flops_are_those_of_the_matmuls():
     with torch.device("meta"):
         model, ids = Qwen3(ModelConfig(**shape)), torch.zeros(tokens, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
-            hidden = model.hidden(ids, torch.arange(tokens), full_attention)
+            hidden = model.hidden(ids, torch.arange(tokens), repeat(full_attention))
             (hidden @ model.head_weight.T).sum().backward()
     twice = mfu.step_flops(shape, [tokens])
     attention = 6 * 2 * 2 * 32 * tokens**2  # 6 L H d len^2: the other half

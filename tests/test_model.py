@@ -188,7 +188,7 @@ def test_gradient_of_one_position_reaches_no_later_token():
     ids = random_ids(12)
     x = net.model.embed_tokens(ids).detach().requires_grad_()
     attends = packed_attention([0, 12], "cpu", torch.float32)
-    cos, sin = rope_tables(torch.arange(12), net.cfg.head_dim, net.cfg.rope_theta, torch.float32)
+    cos, sin = rope_tables(torch.arange(12), net.cfg.head_dim, net.cfg.rope_theta)
     out = x
     for block, attend in zip(net.model.layers, attends):
         out = block(out, cos, sin, attend)

@@ -268,3 +268,36 @@ def test_no_step_with_a_gradient_that_is_not_finite(fused, poison):
         parameter.grad = torch.ones_like(parameter)
     assert math.isfinite(parallel.clipped_step(model, optimizer, 1.0))
     assert float((model.model.norm.weight - before["model.norm.weight"]).abs().max()) > 1e-3
+
+
+ALONE = """
+import torch
+from minitau import batch, parallel, run
+from minitau.model import ModelConfig, Qwen3, init_weights
+from conftest import trajectory
+
+model = Qwen3(ModelConfig(97, 32, 64, 2, 4, 2, 16))
+init_weights(model, 0)
+parallel.shard(model, model.model.layers, torch.bfloat16)
+mb = batch.pack([batch.Sample(trajectory(range(5, 30), [False] * 10 + [True] * 15))], "cpu")
+for name, parameter in model.named_parameters():
+    with torch.no_grad():
+        before = run.forward(model, mb, 1.0, "bfloat16")[0]
+        parallel.local(parameter).normal_()
+        after = run.forward(model, mb, 1.0, "bfloat16")[0]
+    assert float((after - before).abs().max()) > 0, name
+print("seen")
+"""
+
+
+def test_a_forward_sees_weights_that_changed_since_the_last_one():
+    """A single process in bf16 keeps from forward to backward what it cast: where none follows, it must not."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE],
+        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == "seen", done.stderr[-800:]
