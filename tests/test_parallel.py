@@ -273,11 +273,13 @@ def test_no_step_with_a_gradient_that_is_not_finite(fused, poison):
 ALONE = """
 import torch
 from minitau import batch, parallel, run
-from minitau.model import ModelConfig, Qwen3, init_weights
+from minitau.model import ModelConfig, Qwen3
 from conftest import trajectory
 
 model = Qwen3(ModelConfig(97, 32, 64, 2, 4, 2, 16))
-init_weights(model, 0)
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.normal_()  # so large that each of them shows
 parallel.shard(model, model.model.layers, torch.bfloat16)
 mb = batch.pack([batch.Sample(trajectory(range(5, 30), [False] * 10 + [True] * 15))], "cpu")
 for name, parameter in model.named_parameters():
