@@ -141,7 +141,8 @@ def play_ours(engine: SGLangEngine, chat: Chat, load: Load, name: str) -> tuple[
     del engine.generate  # the method's own again
     assert not [t for t in played if t.stop.ours], played[0].detail
     said = sum(sum(t.said) for t in played)
-    assert said == len(jobs) * load.turns * load.said
+    # (Nearly: a server knows the model's own end of text too, which one of 152k random tokens in a row may be.)
+    assert said > 0.99 * len(jobs) * load.turns * load.said, "replies end early"
     return said / seconds, spans, seconds
 
 

@@ -29,6 +29,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from engine_load import busy_seconds
 from mfu import LENGTHS, SHAPES, mfu
 from torch import Tensor
 
@@ -133,8 +134,9 @@ def measure_steps(
     }
 
 
-def kernel_times(opened: SimpleNamespace, cfg: config.SFT, lengths: list[int]) -> dict[str, float]:
-    """Milliseconds of one step on the GPU by kind of kernel, and of the longest kernels by name."""
+def kernel_times(opened: SimpleNamespace, cfg: config.SFT, lengths: list[int]) -> dict[str, Any]:
+    """Milliseconds of one step on the GPU: by kind of kernel, by stream, in which at least one kernel ran, and of the
+    longest kernels by name. Kernels of several streams run at once, so their sum may be more than the step."""
     mb = micro_batch(opened.model.cfg, lengths)
     synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -142,12 +144,22 @@ def kernel_times(opened: SimpleNamespace, cfg: config.SFT, lengths: list[int]) -
         synchronize()
     kinds: dict[str, float] = defaultdict(float)
     names: dict[str, float] = defaultdict(float)
-    for event in profiler.key_averages():
-        spent = event.self_device_time_total / 1e3
-        kinds[kind_of(event.key)] += spent
-        names[event.key[:90]] += spent
-    longest = dict(sorted(names.items(), key=lambda pair: -pair[1])[:25])
-    return {**{f"{kind} (sum)": spent for kind, spent in kinds.items()}, **longest}
+    streams: dict[str, float] = defaultdict(float)
+    spans = []
+    for event in profiler.profiler.kineto_results.events():
+        if event.device_type() != torch.autograd.DeviceType.CUDA:
+            continue
+        spent = event.duration_ns() / 1e6
+        kinds[kind_of(event.name())] += spent
+        names[event.name()[:90]] += spent
+        streams[f"stream {event.device_resource_id()}, {kind_of(event.name())}"] += spent
+        spans.append((event.start_ns() / 1e6, event.start_ns() / 1e6 + spent))
+    return {
+        "busy": busy_seconds(spans),
+        "by_kind": dict(kinds),
+        "by_stream_and_kind": dict(streams),
+        "longest": dict(sorted(names.items(), key=lambda pair: -pair[1])[:25]),
+    }
 
 
 KINDS = {
