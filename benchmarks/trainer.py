@@ -135,11 +135,13 @@ def measure_steps(
 
 
 def kernel_times(opened: SimpleNamespace, cfg: config.SFT, lengths: list[int]) -> dict[str, Any]:
-    """Milliseconds of one step on the GPU: by kind of kernel, by stream, in which at least one kernel ran, and of the
-    longest kernels by name. Kernels of several streams run at once, so their sum may be more than the step."""
+    """Milliseconds of one step on the GPU: in which at least one kernel ran, by kind of kernel, by stream, and of the
+    longest kernels by name and by what asked for them. Kernels of several streams run at once, so their sum may be more
+    than the step."""
     mb = micro_batch(opened.model.cfg, lengths)
     synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
         run.update(opened, cfg, [mb], lambda mb: train.sft_loss(opened.model, mb, cfg.dtype), 1e-6)
         synchronize()
     kinds: dict[str, float] = defaultdict(float)
@@ -154,11 +156,14 @@ def kernel_times(opened: SimpleNamespace, cfg: config.SFT, lengths: list[int]) -
         names[event.name()[:90]] += spent
         streams[f"stream {event.device_resource_id()}, {kind_of(event.name())}"] += spent
         spans.append((event.start_ns() / 1e6, event.start_ns() / 1e6 + spent))
+    asked = [each for each in profiler.key_averages() if each.device_type == torch.autograd.DeviceType.CPU]
+    asked.sort(key=lambda each: -each.self_device_time_total)
     return {
         "busy": busy_seconds(spans),
         "by_kind": dict(kinds),
         "by_stream_and_kind": dict(streams),
         "longest": dict(sorted(names.items(), key=lambda pair: -pair[1])[:25]),
+        "asked_for_by": {each.key[:90]: each.self_device_time_total / 1e3 for each in asked[:25]},
     }
 
 
