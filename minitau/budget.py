@@ -87,11 +87,6 @@ def bytes_to_keep(shape: ModelConfig) -> int:
     return memory.kept_by_block(shape) - memory.kept_by_recomputed(shape)
 
 
-def outside_blocks(shape: ModelConfig) -> int:
-    """Parameters that are in no block; FSDP2's root group."""
-    return memory.parameters(shape) - shape.num_hidden_layers * memory.block_parameters(shape)
-
-
 def lodgers(case: Case) -> list[Part]:
     """What is on a GPU that trains before training and the engine are: driver, processes, customers."""
     count = 1 + case.guest + case.customers
@@ -132,10 +127,9 @@ def resting(case: Case) -> list[Part]:
         Part("weights", needs.weights, f"{MASTER} bytes x {count_of(case.shape)}{of}"),
         Part("optimizer", needs.optimizer, f"{ADAM} bytes x {count_of(case.shape)}{of}"),
     ]
-    if case.reference:  # its forward has no backward: what was gathered last stays
-        stays = memory.parameters(case.shape) if case.ranks == 1 else outside_blocks(case.shape)
-        how = f"for --kl: 4 bytes x {count_of(case.shape)}{of} + 2 x {stays / 1e9:.2f}e9 that stay gathered"
-        parts.append(Part("reference", MASTER * memory.parameters(case.shape) / case.ranks + HALF * stays, how))
+    if case.reference:
+        how = f"for --kl: {MASTER} bytes x {count_of(case.shape)}{of}"
+        parts.append(Part("reference", MASTER * memory.parameters(case.shape) / case.ranks, how))
     return parts
 
 

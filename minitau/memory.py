@@ -36,10 +36,9 @@ def parameters(cfg: ModelConfig) -> int:
 
 
 def kept_by_block(cfg: ModelConfig) -> int:
-    """Bytes a token that one block keeps for its backward: what enters it, is normed, projected, attended to and
-    multiplied. (The compiler computes again what is cheap: the norms' outputs, SwiGLU's product.)"""
+    """Bytes a token that one block keeps for its backward: what its matrix products and attention took in and gave."""
     query, key = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
-    residuals = 2 * cfg.hidden_size
+    residuals = 4 * cfg.hidden_size  # before and after each norm
     attention = 2 * (query + key) + key + query  # before and after norm and RoPE; the values; the output
     return HALF * (residuals + attention + 3 * cfg.intermediate_size) + 4 * cfg.num_attention_heads
 

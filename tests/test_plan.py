@@ -95,10 +95,26 @@ def test_ranks_wait_for_the_longest_micro_batch(round_rates):
     assert seconds == pytest.approx(6 * (2 * 868 * 3 + 1000 * 3 + 16 * 9) / (500 * 0.5))
 
 
-def test_the_update_that_was_measured():
-    """16,384 tokens of mixed lengths on one H200 at an MFU of .53: 4.746e14 FLOP."""
-    seconds = pace.update_seconds(FOUR_B, LENGTHS, LENGTHS, budget=16_384)
-    assert seconds * pace.MFU_KEPT == pytest.approx(4.746e14 / 989e12, rel=1e-3)
+# benchmarks/trainer.py on one H200 at commits 280233b and dab856b: tokens of a micro-batch, micro-batches, blocks
+# recomputed of 36, seconds of an update; and where there were two micro-batches, the most bytes that were allocated.
+MEASURED = [
+    (16_384, 1, 0, 0.935, None),
+    (16_384, 1, 36, 1.167, None),
+    (32_768, 2, 18, 4.829, 144.89e9),
+    (32_768, 2, 36, 5.335, 83.78e9),
+]
+
+
+@pytest.mark.parametrize("tokens, micro_batches, recomputed, seconds, peak", MEASURED)
+def test_updates_that_were_measured(tokens, micro_batches, recomputed, seconds, peak):
+    """Every token but each sequence's first is predicted. What is computed is within 5%."""
+    lengths = [n * tokens // 16_384 for n in LENGTHS] * micro_batches
+    said = [n - 1 for n in lengths]
+    keep = (36 - recomputed) * tokens
+    computed = pace.update_seconds(FOUR_B, lengths, said, budget=tokens, keep=keep)
+    assert computed == pytest.approx(seconds, rel=0.05)
+    if peak:
+        assert budget.peak_bytes(FOUR_B, tokens, 1, recomputed) == pytest.approx(peak, rel=0.05)
 
 
 def test_turns_are_spread_around_their_mean():
@@ -174,9 +190,8 @@ def test_what_is_divided_among_ranks():
     for gpus in (1, 8):
         parts = amounts(budget.memory_parts(case(f"--gpus {gpus}")))
         assert parts["weights"] == 4 * PARAMETERS // gpus and parts["optimizer"] == 8 * PARAMETERS // gpus
-    # Several ranks keep the reference's embedding and last norm gathered, one the whole of it.
-    assert parts["reference"] == 4 * PARAMETERS / 8 + 2 * (151_936 * 2560 + 2560)
-    assert amounts(budget.memory_parts(case("--gpus 1")))["reference"] == 6 * PARAMETERS
+    assert parts["reference"] == 4 * PARAMETERS / 8
+    assert amounts(budget.memory_parts(case("--gpus 1")))["reference"] == 4 * PARAMETERS
     assert "reference" not in amounts(budget.memory_parts(case("--kl 0")))
 
 
