@@ -112,6 +112,7 @@ class Opening:
     policy: str  # the text of the system message
     tools: tuple[dict[str, Any], ...]  # OpenAI function schemas
     messages: tuple[Message, ...]  # the greeting, if the domain has one, and the customer's first words
+    user_seconds: float = 0.0  # how long the customer took to say them
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class Observation:
 
     messages: tuple[Message, ...] = ()
     stop: Stop | None = None
+    user_seconds: float = 0.0  # how long the customer took to answer
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ class Trajectory:
     stop: Stop | None = None
     evaluation: Evaluation | None = None  # None when `stop.ours`
     detail: str = ""  # the error's text when `stop.ours`
-    seconds: dict[str, float] = field(default_factory=dict)  # wall clock: policy, env, evaluate
+    seconds: dict[str, float] = field(default_factory=dict)  # wall clock: policy, user, env, evaluate
 
     @property
     def reward(self) -> float:

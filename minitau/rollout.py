@@ -35,6 +35,7 @@ from minitau.reward import partial
 
 TEND_SECONDS = 0.2  # between two looks of the waiting thread after its engine
 POLL_SECONDS = 0.02  # likewise, once its own threads are done
+WAITS = ("policy", "user", "env", "evaluate")  # what an episode spends its time on
 TOO_MANY_BROKEN = 0.05  # share of episodes that broke on our side above which it is said loudly
 
 
@@ -71,6 +72,7 @@ def converse(
     """Turn after turn until something stops the episode; fills in `trajectory` as it goes."""
     with timed(trajectory, "env"):
         opening = env.reset(trajectory.task, seed)
+    book_user(trajectory, opening.user_seconds)
     trajectory.messages += opening.messages
     prompt = chat.open(opening)
     bad_calls = 0
@@ -98,6 +100,7 @@ def converse(
             bad_calls = 0
             with timed(trajectory, "env"):
                 observation = env.step(action)
+            book_user(trajectory, observation.user_seconds)
             heard = observation.messages
             if observation.stop:
                 trajectory.messages += heard
@@ -123,6 +126,12 @@ def timed(trajectory: Trajectory, what: str) -> Iterator[None]:
         yield
     finally:
         trajectory.seconds[what] = trajectory.seconds.get(what, 0.0) + time.perf_counter() - start
+
+
+def book_user(trajectory: Trajectory, seconds: float) -> None:
+    """Of the environment's time so much was the customer's."""
+    trajectory.seconds["user"] = trajectory.seconds.get("user", 0.0) + seconds
+    trajectory.seconds["env"] -= seconds
 
 
 def seed_number(text: str) -> int:
@@ -275,6 +284,7 @@ def summary(trajectories: Sequence[Trajectory]) -> dict[str, object]:
         "length_mean": mean([len(t.ids) for t in graded]),
         "length_max": max((len(t.ids) for t in trajectories), default=0),
         "turns_mean": mean([len(t.turns) for t in graded]),
+        "episode_seconds": {name: mean([t.seconds.get(name, 0.0) for t in graded]) for name in WAITS},
         "bad_replies": sum(bool(turn.error) for t in trajectories for turn in t.turns),
         "grader_failed": sum(bool(t.evaluation and t.evaluation.note) for t in trajectories),
         "stops": dict(sorted(Counter(t.stop.value for t in trajectories).items())),

@@ -152,7 +152,7 @@ def test_a_gold_agent_serves_its_customer_and_is_paid(chat):
         assert played.stop == script_says.stop == Stop.USER_STOP
         assert played.evaluation == script_says.evaluation and played.reward == 1.0 and played.success
         assert played.messages == [*script_says.opening.messages, *script_says.messages]
-        assert set(played.seconds) == {"env", "policy", "evaluate"}
+        assert set(played.seconds) == {"env", "user", "policy", "evaluate"} and played.seconds["user"] == 0.0
 
 
 def test_transfer_ends_an_episode_and_is_paid_only_where_it_is_right(chat):
@@ -339,7 +339,20 @@ def some_jobs(n, group_size=2):
 class SlowEnv(CourierEnv):
     def step(self, action):
         time.sleep(0.2)  # a customer who thinks
-        return super().step(action)
+        return dataclasses.replace(super().step(action), user_seconds=0.2)
+
+
+def test_what_the_customer_takes_is_not_the_environments(chat):
+    played = collect(
+        some_jobs(1), stage(chat, script(reply(chat, "Hm.")), world=Rooms(SlowEnv)), seed="s", label="test"
+    )
+    for t in played:
+        turns = len(t.turns)
+        assert t.seconds["user"] == pytest.approx(0.2 * turns) and turns > 1
+        assert 0 <= t.seconds["env"] < 0.1 * turns
+    shown = rollout.summary(played)["episode_seconds"]
+    assert shown["user"] == pytest.approx(sum(t.seconds["user"] for t in played) / len(played))
+    assert set(shown) == {"policy", "user", "env", "evaluate"} and shown["env"] < shown["user"]
 
 
 def test_slow_customers_are_waited_for_all_at_once(chat):

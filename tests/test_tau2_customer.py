@@ -15,7 +15,7 @@ import pytest
 from tau2_world import MOCK, ROAMING, ROOT, Customer, Raw
 
 from minitau.envs.tau2 import Tau2, customer
-from minitau.episode import Action, Completion, Message, Sampling, Stop, UserError
+from minitau.episode import Action, Call, Completion, Message, Sampling, Stop, UserError
 from minitau.rollout import Limits
 from minitau.rollout import play as play_episode
 
@@ -140,6 +140,15 @@ def test_a_server_that_says_when_to_come_back_is_heard(play):
     play(MOCK, *answers, user_retries=2)
     first, second, third = play.customer.times
     assert second - first >= 0.7 and third - second < 0.5
+
+
+def test_an_episode_knows_how_long_its_customer_took(play):
+    """Its own tools, retries and pauses included; the agent's tools not."""
+    slow = Raw(body=Customer.reply(None, "Go on.").body, seconds=0.3)
+    env, opening, _ = play(MOCK, 503, slow)
+    assert 0.3 + 0.5 * customer.FIRST_PAUSE < opening.user_seconds < 3
+    assert 0.3 < env.step(Action(text="Well?")).user_seconds < 2
+    assert env.step(Action(calls=(Call("get_users", {}),))).user_seconds == 0.0
 
 
 def test_requests_at_once_have_a_connection_each(world):

@@ -27,12 +27,20 @@ class Customer:
     def __init__(self, player: Any, heard: list[Any], *, name: str, retries: int):
         self._player, self._name, self._retries = player, name, retries
         self._state = player.get_init_state(heard)
+        self.seconds = 0.0  # wall clock of all its answers
 
     def answer(self, heard: Any) -> Any:
         """The customer's next message, words or calls of its own tools, as tau2's UserMessage.
 
         Raises UserError after the last attempt.
         """
+        start = time.perf_counter()
+        try:
+            return self._answer(heard)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def _answer(self, heard: Any) -> Any:
         known, reason = len(self._state.messages), ""
         for attempt in range(self._retries + 1):
             try:

@@ -144,7 +144,8 @@ class Tau2Env:
             raise EnvError(f"{task.key} does not start: {line(error)}") from error
         if how_it_ends(self._listen(said)):
             raise UserError("the customer left before the agent spoke")
-        return episode.Opening(world.instructions(task.domain), domain.tools, self._visible(self._record))
+        said = self._visible(self._record)
+        return episode.Opening(world.instructions(task.domain), domain.tools, said, self._customer.seconds)
 
     def step(self, action: Action) -> Observation:
         """Speak to the customer, call tools, or end. Text beside calls is a thought: tau2 allows
@@ -178,9 +179,10 @@ class Tau2Env:
         if not action.text.strip():
             raise EnvError("an action must speak, call a tool, or end")
         self._record.append(message.AssistantMessage(role="assistant", content=action.text))
+        before = self._customer.seconds
         words = self._listen(self._record[-1])
         heard = (Message("user", words),) if words else ()
-        return Observation(heard, self._over() or how_it_ends(words))
+        return Observation(heard, self._over() or how_it_ends(words), self._customer.seconds - before)
 
     def evaluate(self, stop: Stop) -> episode.Evaluation:
         """The official grader's verdict, from a replay of the whole episode; it calls no model.
