@@ -190,7 +190,8 @@ def shard(model: nn.Module, blocks: nn.ModuleList, compute_dtype: torch.dtype) -
             world_size=1,
         )
     mesh = init_device_mesh(device().type, (world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    # Inputs are not cast: what a caller gives a block in fp32, as angles of positions, loses too much in bf16.
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:  # a single GPU has nothing to gather: what it casts for forward it keeps for backward
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=world_size() > 1)
     fully_shard(model, mesh=mesh, mp_policy=policy)

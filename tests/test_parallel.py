@@ -271,6 +271,7 @@ def test_no_step_with_a_gradient_that_is_not_finite(fused, poison):
 
 
 ALONE = """
+import copy
 import torch
 from minitau import batch, parallel, run
 from minitau.model import ModelConfig, Qwen3
@@ -280,26 +281,45 @@ model = Qwen3(ModelConfig(97, 32, 64, 2, 4, 2, 16))
 with torch.no_grad():
     for parameter in model.parameters():
         parameter.normal_()  # so large that each of them shows
+half = copy.deepcopy(model).bfloat16()
 parallel.shard(model, model.model.layers, torch.bfloat16)
-mb = batch.pack([batch.Sample(trajectory(range(5, 30), [False] * 10 + [True] * 15))], "cpu")
+mb = batch.pack([batch.Sample(trajectory(range(5, 90), [False] * 10 + [True] * 75))], "cpu")
+"""
+CHANGED = """
 for name, parameter in model.named_parameters():
     with torch.no_grad():
         before = run.forward(model, mb, 1.0, "bfloat16")[0]
         parallel.local(parameter).normal_()
         after = run.forward(model, mb, 1.0, "bfloat16")[0]
     assert float((after - before).abs().max()) > 0, name
-print("seen")
+print("fine")
+"""
+AS_HALF = """
+for each in (half, model):
+    print(*run.forward(each, mb, 1.0, "bfloat16")[0].tolist())
 """
 
 
-def test_a_forward_sees_weights_that_changed_since_the_last_one():
-    """A single process in bf16 keeps from forward to backward what it cast: where none follows, it must not."""
+def alone(script):
+    """What a single process prints that does this with a model in bf16, which FSDP holds."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
-        [sys.executable, "-c", ALONE],
+        [sys.executable, "-c", ALONE + script],
         env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.stdout.strip() == "seen", done.stderr[-800:]
+    assert done.returncode == 0, done.stderr[-800:]
+    return done.stdout.splitlines()
+
+
+def test_a_forward_sees_weights_that_changed_since_the_last_one():
+    """A single process in bf16 keeps from forward to backward what it cast: where none follows, it must not."""
+    assert alone(CHANGED) == ["fine"]
+
+
+def test_bf16_compute_is_that_of_bf16_weights():
+    """What enters a block in fp32, the angles of RoPE, stays so: FSDP casts weights, and nothing else."""
+    unsharded, sharded = alone(AS_HALF)
+    assert sharded == unsharded
