@@ -400,5 +400,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except dcp.api.CheckpointException as error:
         raise os_error(error) from error
+    for group in state["optimizer"]["param_groups"]:  # a matter of the device that goes on, not of the run
+        group["fused"] = optimizer.defaults["fused"]
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])

@@ -103,6 +103,28 @@ def test_settings_of_the_optimizer_come_back(tmp_path):
     assert [group["lr"] for group in fresh.param_groups] == [0.123, 0.123]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_checkpoint_goes_on_where_the_optimizer_is_computed_another_way(tmp_path, fused):
+    """A run that was begun on a CPU goes on on a GPU, where AdamW is fused; and back."""
+    runs_of = []
+    for ways in ((fused, fused), (fused, not fused)):
+        net = small_model()
+        for steps, way in zip((range(3), range(3, 5)), ways):
+            optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, fused=way)
+            checkpoint.load(tmp_path / str(ways), net, optimizer)
+            assert optimizer.param_groups[0]["fused"] is way
+            for step in steps:
+                ids = torch.randint(SMALL["vocab_size"], (24,), generator=torch.Generator().manual_seed(step))
+                attend = packed_attention([0, 24], "cpu", torch.float32)
+                net(ids, torch.arange(24), attend, torch.arange(23), ids[1:])[0].mean().neg().backward()
+                parallel.clipped_step(net, optimizer, 0.1)
+                optimizer.zero_grad()
+            save(tmp_path / str(ways), steps[-1], net, optimizer)
+        runs_of.append(copy_of(net))
+    for name, weight in runs_of[0].items():
+        torch.testing.assert_close(runs_of[1][name], weight, rtol=1e-4, atol=1e-5)
+
+
 def test_loading_does_not_step_or_leave_gradients(tmp_path):
     """torch makes an empty optimizer's state by a step with zero gradients: that must not show."""
     net, optimizer = new_run()
