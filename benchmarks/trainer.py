@@ -59,7 +59,7 @@ def open_run(args: argparse.Namespace, cfg: config.SFT) -> SimpleNamespace:
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(0.0, 0.02)
-    if device.type == "cuda" and cfg.compile:
+    if cfg.compile and attention.has_kernel(device, getattr(torch, cfg.dtype)):
         model.compile_blocks()
     parallel.shard(model, model.model.layers, getattr(torch, cfg.dtype))
     return SimpleNamespace(model=model, optimizer=run.adamw(model, cfg))

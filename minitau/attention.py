@@ -23,12 +23,12 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]  # q, k, v, cu_
 def packed_attention(cu_seqlens: list[int], device: torch.device | str, dtype: torch.dtype) -> Iterable[Attend]:
     """What attends in each layer: the same everywhere. `cu_seqlens` are the S+1 boundaries, from 0 to T.
 
-    On CUDA in half precision see `kernel`. Anywhere else one SDPA call a sequence, which is exact and fast enough
-    for what a CPU can train.
+    All sequences in one kernel where there is one, else one SDPA call a sequence, which is exact and fast enough for
+    what a CPU can train.
     """
     lengths = [end - start for start, end in pairwise(cu_seqlens)]
     assert min(lengths) > 0, "an empty sequence in a packed batch"
-    if torch.device(device).type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+    if has_kernel(device, dtype):
         # From pinned memory, so that the host does not wait for what the GPU has still to do.
         bounds = torch.tensor(cu_seqlens, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
         packed, longest = kernel(), max(lengths)
@@ -39,6 +39,11 @@ def packed_attention(cu_seqlens: list[int], device: torch.device | str, dtype: t
         return torch.cat([causal_sdpa(*qkv) for qkv in per_sequence])
 
     return repeat(attend)
+
+
+def has_kernel(device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Is there a `kernel` for these? torch.compile can take it, and nothing else, into a graph for any lengths."""
+    return torch.device(device).type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
 
 def causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -149,7 +154,7 @@ def flash_attn_4_backward(
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Tensor, longest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)  # strides too are as theirs
 
 
 def save_for_backward(ctx, inputs, output) -> None:

@@ -108,7 +108,9 @@ class Training:
         "CPU none), all, or none",
         ("auto", "all", "none"),
     )
-    compile: bool = setting(True, "on a GPU: fuse each block's small kernels; costs about a minute at the start")
+    compile: bool = setting(
+        True, "in bfloat16 on a GPU: fuse each block's small kernels; costs about a minute at the start"
+    )
     save_every: int = setting(10, "optimizer steps between checkpoints")
     keep: int = setting(2, "checkpoints kept")
     wandb: bool = setting(False, "also log to Weights & Biases (pip install wandb)")

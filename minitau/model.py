@@ -149,7 +149,8 @@ class Qwen3(nn.Module):
 
     def compile_blocks(self) -> None:
         """Fuse what lies between the matrix products of a block: compiled once, at the first forward, for all blocks
-        and any number of tokens. Before sharding."""
+        and any number of tokens. Before sharding, and only where attention is a kernel: the graph takes in nothing that
+        depends on sequences."""
         for block in self.model.layers:
             block.forward = torch.compile(block.forward, dynamic=True, fullgraph=True)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minitau import batch, checkpoint, config, memory, parallel
-from minitau.attention import packed_attention
+from minitau.attention import has_kernel, packed_attention
 from minitau.chat import Chat, load_chat
 from minitau.episode import BadInput, Trajectory
 from minitau.log import MetricsLog, write_jsonl
@@ -48,7 +48,7 @@ def open_run(stage: str, cfg: config.Training, **also: str) -> Run:
     chat.check_vocabulary(model.cfg.vocab_size)
     claim_run_dir(cfg.out, cfg.resume, {"stage": stage, **dataclasses.asdict(cfg), **also})
     model.to(parallel.device())
-    if parallel.device().type == "cuda" and cfg.compile:
+    if cfg.compile and has_kernel(parallel.device(), getattr(torch, cfg.dtype)):
         model.compile_blocks()
     parallel.shard(model, model.model.layers, getattr(torch, cfg.dtype))
     optimizer = adamw(model, cfg)

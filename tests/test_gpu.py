@@ -125,13 +125,15 @@ def test_engine_on_gpu_agrees_with_the_full_forward(tiny_dir):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_grpo_in_bf16_over_nccl(tiny_dir, tmp_path, ranks):
-    """Two steps of GRPO with sharded fp32 masters, bf16 compute and an engine synced in place."""
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_grpo_over_nccl(tiny_dir, tmp_path, ranks, dtype):
+    """Two steps of GRPO with sharded fp32 masters, bf16 compute and an engine synced in place; and all in fp32, where
+    one rank's engine samples from the trainer's own model."""
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
     out = tmp_path / "run"
     flags = (
-        "--stage grpo --dtype bfloat16 --steps 2 --tasks 8 --tasks-per-step 4 --group-size 2 --no-dynamic-sampling "
+        f"--stage grpo --dtype {dtype} --steps 2 --tasks 8 --tasks-per-step 4 --group-size 2 --no-dynamic-sampling "
         "--lr 1e-3 --max-new-tokens 24 --updates-per-step 2 --recompute all"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
