@@ -1,7 +1,8 @@
 """What training needs of a GPU's memory, in bytes, and how many activations may be kept.
 
 The formulas know a model's shape and how it is trained; `tokens_to_keep` asks the GPU what is free. They hold for
-bf16 compute over fp32 master weights; benchmarks/trainer.py measures what they say.
+bf16 compute over fp32 master weights (in fp32 nothing takes more than twice as much); benchmarks/trainer.py measures
+what they say.
 
 Letters: D hidden, I intermediate, H and K query and key/value heads of size d, V vocabulary, L layers; T tokens of a
 micro-batch, W ranks.
@@ -35,9 +36,15 @@ def parameters(cfg: ModelConfig) -> int:
     return cfg.num_hidden_layers * block_parameters(cfg) + embeddings + cfg.hidden_size
 
 
-def kept_by_block(cfg: ModelConfig) -> int:
-    """Bytes a token that one block keeps for its backward: what its matrix products and attention took in and gave."""
+def kept_by_block(cfg: ModelConfig, compiled: bool = True) -> int:
+    """Bytes a token that one block keeps for its backward: what its matrix products and attention took in and gave.
+
+    Not compiled it keeps also what its norms compute in fp32, and one step more of SwiGLU.
+    """
     query, key = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+    if not compiled:
+        in_fp32 = 4 * (4 * cfg.hidden_size + 2 * (query + key) + cfg.num_attention_heads)
+        return in_fp32 + HALF * (2 * cfg.hidden_size + 2 * (query + key) + 4 * cfg.intermediate_size)
     residuals = 4 * cfg.hidden_size  # before and after each norm
     attention = 2 * (query + key) + key + query  # before and after norm and RoPE; the values; the output
     return HALF * (residuals + attention + 3 * cfg.intermediate_size) + 4 * cfg.num_attention_heads
@@ -64,7 +71,7 @@ class Needs:
         return sum(vars(self).values())
 
 
-def needs(cfg: ModelConfig, tokens: int, ranks: int) -> Needs:
+def needs(cfg: ModelConfig, tokens: int, ranks: int, compiled: bool = True) -> Needs:
     """Of training on micro-batches of `tokens` over `ranks` GPUs, if every block is computed again in backward, from
     the second micro-batch of an update on: before it there are no gradients."""
     whole, block, embedding = parameters(cfg), block_parameters(cfg), cfg.vocab_size * cfg.hidden_size
@@ -77,14 +84,16 @@ def needs(cfg: ModelConfig, tokens: int, ranks: int) -> Needs:
         gradients=GRADIENT * whole // ranks,
         gathered=HALF * (in_use + 2 * block),
         inputs=tokens * (cfg.num_hidden_layers + 4) * kept_by_recomputed(cfg),
-        working=max(of_head, tokens * 3 * kept_by_block(cfg) // 2),
+        working=max(of_head, tokens * 3 * kept_by_block(cfg, compiled) // 2),
     )
 
 
-def tokens_to_keep(recompute: str, model: Qwen3, optimizer: torch.optim.Optimizer, tokens: int) -> float:
+def tokens_to_keep(
+    recompute: str, model: Qwen3, optimizer: torch.optim.Optimizer, tokens: int, dtype: torch.dtype
+) -> float:
     """See Qwen3.keep: for how many tokens, summed over blocks, this GPU has room now, before an update.
 
-    recompute: as --recompute. tokens: of a micro-batch at most.
+    recompute: as --recompute. tokens: of a micro-batch at most. dtype: of the compute.
     """
     device = model.head_weight.device
     if recompute != "auto" or device.type != "cuda":
@@ -92,7 +101,7 @@ def tokens_to_keep(recompute: str, model: Qwen3, optimizer: torch.optim.Optimize
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     own = sum(parallel.local(parameter).numel() for parameter in model.parameters())
-    need = needs(model.cfg, tokens, parallel.world_size())
-    to_come = own * (GRADIENT + (0 if optimizer.state else ADAM)) + need.gathered + need.inputs + need.working
+    need, wide = needs(model.cfg, tokens, parallel.world_size(), model.compiled), dtype.itemsize / HALF
+    to_come = own * (GRADIENT + (0 if optimizer.state else ADAM)) + wide * (need.gathered + need.inputs + need.working)
     room = free - to_come - SLACK * total
-    return max(0.0, room / (kept_by_block(model.cfg) - kept_by_recomputed(model.cfg)))
+    return max(0.0, room / wide / (kept_by_block(model.cfg, model.compiled) - kept_by_recomputed(model.cfg)))

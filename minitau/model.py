@@ -138,6 +138,7 @@ class Qwen3(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.keep = keep
+        self.compiled = False
         self.model = Decoder(cfg)
         if not cfg.tie_word_embeddings:
             self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
@@ -151,6 +152,7 @@ class Qwen3(nn.Module):
         """Fuse what lies between the matrix products of a block: compiled once, at the first forward, for all blocks
         and any number of tokens. Before sharding, and only where attention is a kernel: the graph takes in nothing that
         depends on sequences."""
+        self.compiled = True
         for block in self.model.layers:
             block.forward = torch.compile(block.forward, dynamic=True, fullgraph=True)
 

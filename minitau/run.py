@@ -130,7 +130,8 @@ def update(
     """
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    run.model.keep = memory.tokens_to_keep(cfg.recompute, run.model, run.optimizer, cfg.micro_batch_tokens)
+    dtype = getattr(torch, cfg.dtype)
+    run.model.keep = memory.tokens_to_keep(cfg.recompute, run.model, run.optimizer, cfg.micro_batch_tokens, dtype)
     sums: dict[str, Tensor] = {}
     for mb in mbs:
         loss, shown = loss_of(mb)

@@ -213,7 +213,7 @@ def test_the_cache_that_was_measured():
 
 
 def test_sleep_gives_the_cache_to_kept_activations(monkeypatch):
-    monkeypatch.setattr(memory, "kept_by_block", lambda cfg: 100_020)
+    monkeypatch.setattr(memory, "kept_by_block", lambda cfg, compiled=True: 100_020)
     monkeypatch.setattr(memory, "kept_by_recomputed", lambda cfg: 20)
     awake, asleep = (case(f"--gpus 8 --gpu h200 {flag}", user_mem=0.0) for flag in ("", "--engine-sleep"))
     cache = budget.engine(awake)[1].amount
@@ -224,7 +224,7 @@ def test_sleep_gives_the_cache_to_kept_activations(monkeypatch):
 
 
 def test_the_peak_grows_by_what_is_kept(monkeypatch):
-    monkeypatch.setattr(memory, "kept_by_block", lambda cfg: 100)
+    monkeypatch.setattr(memory, "kept_by_block", lambda cfg, compiled=True: 100)
     monkeypatch.setattr(memory, "kept_by_recomputed", lambda cfg: 20)
     at = [budget.peak_bytes(SMALL, 1000, 1, recomputed) for recomputed in (2, 1, 0)]
     assert at[1] - at[0] == at[2] - at[1] == 80 * 1000
