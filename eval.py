@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from minitau import checkpoint, config, parallel, rollout, tau2_results
+from minitau import checkpoint, cli, config, parallel, rollout, tau2_results
 from minitau.chat import Chat
 from minitau.engines import check_engine, open_engine
 from minitau.envs import open_world
@@ -174,7 +174,7 @@ def row(cfg: config.Evaluation, agent: str, domain: str, played: list[Trajectory
 
 
 def main(argv: list[str]) -> None:
-    cfg = config.parse(config.Evaluation, "eval.py", "pass@k and pass^k of one agent.", argv)
+    cfg = cli.parse(config.Evaluation, "eval.py", "pass@k and pass^k of one agent.", argv)
     if not cfg.out:
         raise BadInput("--out is needed")
     if cfg.greedy:

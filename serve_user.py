@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from minitau import checkpoint, config, parallel
+from minitau import checkpoint, cli, config, parallel
 from minitau.chat import Chat
 from minitau.conversations import read_message
 from minitau.engines import open_engine
@@ -230,7 +230,7 @@ def announce(cfg: config.Server, port: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    cfg = config.parse(config.Server, "serve_user.py", "Serve a user simulator over HTTP.", argv)
+    cfg = cli.parse(config.Server, "serve_user.py", "Serve a user simulator over HTTP.", argv)
     if not cfg.model:
         raise BadInput("--model is needed")
     checkpoint.read_config(cfg.model)  # before anything slow

@@ -21,7 +21,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from minitau import batch, checkpoint, config, grpo, parallel, plan, rejection, reward, rollout, sft
+from minitau import batch, checkpoint, cli, config, grpo, parallel, plan, rejection, reward, rollout, sft
 from minitau.ahead import Player
 from minitau.curriculum import Curriculum
 from minitau.engines import check_engine, open_engine
@@ -389,7 +389,7 @@ def cosine(done: int, total: int, cfg: config.SFT | config.RFT) -> float:
 
 
 def main(argv: list[str]) -> None:
-    stage, cfg, dry_run = config.parse_stage(argv)
+    stage, cfg, dry_run = cli.parse_stage(argv)
     if dry_run:
         return plan.show(stage, cfg, dry_run)
     parallel.start()

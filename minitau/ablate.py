@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitau import checkpoint, config, demo, parts, report
+from minitau import checkpoint, cli, demo, parts, report
 from minitau.ablations import DEFAULT, GROUPS, SETTINGS, Setting, by_name, markdown, sentence
 from minitau.config import setting
 from minitau.episode import BadInput, Trajectory
@@ -242,7 +242,7 @@ def check(cfg: Ablations) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    cfg = config.parse(Ablations, "minitau.ablate", "GRPO with one setting changed at a time.", list(argv))
+    cfg = cli.parse(Ablations, "minitau.ablate", "GRPO with one setting changed at a time.", list(argv))
     check(cfg)
     out = Path(cfg.out).resolve()
     commands = all_parts(cfg, out)  # says what is missing before anything is written

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitau import checkpoint, config, picture, report
+from minitau import checkpoint, cli, config, picture, report
 from minitau.config import setting
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory
@@ -221,7 +221,7 @@ def comparison(cfg: Demo, width: int) -> str:
 
 def main(argv: list[str]) -> None:
     start = time.perf_counter()
-    cfg = config.parse(Demo, "make demo", "base, SFT, RFT and GRPO on one CPU.", argv)
+    cfg = cli.parse(Demo, "make demo", "base, SFT, RFT and GRPO on one CPU.", argv)
     out = folder(cfg)
     claim(out, MARKER, identity(cfg, "out"), cfg.resume)
     rows = pipeline(cfg)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitau import catalogue, config, report
+from minitau import catalogue, cli, report
 from minitau.config import setting
 from minitau.episode import BadInput
 from minitau.log import run_script, whole_lines
@@ -213,7 +213,7 @@ def draw_shares(axes: Any, groups: Sequence[Group]) -> None:
 def main(argv: Sequence[str]) -> None:
     count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     what = "Draw the curves of runs: python -m minitau.plot RUN [RUN ...]. Flags follow the folders."
-    cfg = config.parse(Plot, "minitau.plot", what, list(argv[count:]))
+    cfg = cli.parse(Plot, "minitau.plot", what, list(argv[count:]))
     folders = [Path(name) for name in dict.fromkeys(argv[:count])]
     if not folders:
         raise BadInput("which runs? python -m minitau.plot RUN [RUN ...]")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitau import batch, checkpoint, config, memory, parallel
+from minitau import batch, checkpoint, claim, config, memory, parallel
 from minitau.attention import has_kernel, packed_attention
 from minitau.chat import Chat, load_chat
 from minitau.episode import BadInput, Trajectory
@@ -68,11 +68,11 @@ def open_chat(model_dir: str, dialect: str) -> Chat:
 
 
 def claim_run_dir(out: str, resume: bool, settings: dict) -> None:
-    """config.claim_run_dir by the first rank; all ranks raise what it raises."""
+    """claim.claim_run_dir by the first rank; all ranks raise what it raises."""
     problem = ""
     if parallel.is_main():
         try:
-            config.claim_run_dir(out, resume, settings)
+            claim.claim_run_dir(out, resume, settings)
         except BadInput as error:
             problem = str(error)
     if problem := parallel.from_main(problem):

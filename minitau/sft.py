@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitau import config
+from minitau import cli, config
 from minitau.chat import Chat, ChatError, load_chat
 from minitau.conversations import Conversation, DataError, Refused, read_conversations
 from minitau.envs import open_world, origin
@@ -268,7 +268,7 @@ def demonstrate(cfg: config.Demonstrations) -> None:
 
 def main(argv: list[str]) -> None:
     if any(flag.split("=")[0] == "--check" for flag in argv):
-        cfg = config.parse(config.Check, "python -m minitau.sft", "Say what training would make of a file.", argv)
+        cfg = cli.parse(config.Check, "python -m minitau.sft", "Say what training would make of a file.", argv)
         if not cfg.check or not cfg.model:
             raise BadInput("--check FILE and --model DIR are both needed")
         data = load(cfg.check, load_chat(cfg.model, cfg.dialect), cfg.max_tokens)
@@ -277,7 +277,7 @@ def main(argv: list[str]) -> None:
             print(f"line {each.line}: {each.why}")
         return
     about = "Write demonstrations to train on; with --check FILE --model DIR, look at such a file instead."
-    cfg = config.parse(config.Demonstrations, "python -m minitau.sft", about, argv)
+    cfg = cli.parse(config.Demonstrations, "python -m minitau.sft", about, argv)
     if not cfg.out:
         raise BadInput("--out is needed")
     demonstrate(cfg)

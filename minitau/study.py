@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitau import checkpoint, config, demo, parts, report, tasks
+from minitau import checkpoint, cli, config, demo, parts, report, tasks
 from minitau.config import setting
 from minitau.envs import open_world
 from minitau.episode import BadInput, Trajectory
@@ -168,7 +168,7 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    cfg = config.parse(Study, "minitau.study", "Demos of several seeds, and their controls.", list(argv))
+    cfg = cli.parse(Study, "minitau.study", "Demos of several seeds, and their controls.", list(argv))
     parts.check(cfg.seeds, cfg.jobs)
     if cfg.arm:
         return play_arm(demo_of(cfg, cfg.seeds[0]), cfg.arm)

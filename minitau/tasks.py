@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minitau import config
+from minitau import cli, config
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, World
 from minitau.log import file_sha256, progress_bar, run_script, write_jsonl
@@ -193,7 +193,7 @@ def as_table(chosen: Chosen) -> str:
 
 
 def main(argv: list[str]) -> None:
-    cfg = config.parse(config.Listing, "python -m minitau.tasks", "List tasks, or keep them in a file.", argv)
+    cfg = cli.parse(config.Listing, "python -m minitau.tasks", "List tasks, or keep them in a file.", argv)
     if cfg.out and Path(cfg.out).exists():
         raise BadInput(f"{cfg.out} exists already; choose another --out")
     world = open_world(config.Demonstrations(env=cfg.env))  # all that is played here are scripts

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from minitau import checkpoint, config, sft
+from minitau import checkpoint, cli, config, sft
 from minitau.config import setting
 from minitau.envs import open_world
 from minitau.episode import BadInput
@@ -149,7 +149,7 @@ def make(cfg: Tiny, texts: Iterable[str]) -> Path:
 
 
 def main(argv: list[str]) -> None:
-    cfg = config.parse(Tiny, "python -m minitau.tiny", "Make a tiny random Qwen3 with its own tokenizer.", argv)
+    cfg = cli.parse(Tiny, "python -m minitau.tiny", "Make a tiny random Qwen3 with its own tokenizer.", argv)
     check(cfg)
     print(f"wrote {make(cfg, world_texts(cfg))}")
 

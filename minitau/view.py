@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitau import catalogue, config, page, report
+from minitau import catalogue, cli, page, report
 from minitau.catalogue import COLUMNS, TEXTS, Entry, Record, Token, Words
 from minitau.config import setting
 from minitau.episode import BadInput, Turn
@@ -192,7 +192,7 @@ def find(entries: Sequence[Entry], number: str) -> Record:
 def main(argv: Sequence[str]) -> None:
     run, *flags = argv if argv and not argv[0].startswith("-") else ["", *argv]
     what = "Look at a run's episodes: python -m minitau.view RUN. Flags follow the folder."
-    cfg = config.parse(View, "minitau.view", what, flags)
+    cfg = cli.parse(View, "minitau.view", what, flags)
     if not run or not Path(run).is_dir():
         raise BadInput(f"{run}: no such folder" if run else "which run? python -m minitau.view RUN")
     if cfg.limit < 0:

@@ -58,7 +58,7 @@ class Solves:
 
 
 def main(argv):
-    world = open_world(train.config.parse_stage(argv)[1])
+    world = open_world(train.cli.parse_stage(argv)[1])
     chat = train.open_chat(argv[argv.index("--model") + 1], "native")
     with pytest.MonkeyPatch.context() as patch:  # a test also calls this in its own process
         patch.setattr(train, "open_engine", lambda cfg, model, stop_ids: Solves(world, chat))

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from minitau import ablate, config, demo
+from minitau import ablate, cli, config, demo
 from minitau.ablations import SETTINGS, by_name, markdown, sentence
 from minitau.episode import BadInput
 from minitau.log import run_script
@@ -27,7 +27,7 @@ def rft(tmp_path, tiny_dir):
 def settings_of(part):
     """What train.py or eval.py makes of a part's command."""
     _, script, *flags = part.command
-    return config.parse_stage(flags)[1] if script == "train" else config.parse(config.Evaluation, "", "", flags)
+    return cli.parse_stage(flags)[1] if script == "train" else cli.parse(config.Evaluation, "", "", flags)
 
 
 def cfg_of(rft, tmp_path, **changes):

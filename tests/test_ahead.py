@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from minitau import config
+from minitau import cli, config
 from minitau.ahead import Player
 from minitau.curriculum import Curriculum
 from minitau.engines import launch
@@ -68,7 +68,7 @@ SGLANG = {"model": "m", "out": "o", "engine": "sglang"}
 )
 def test_settings_that_cannot_go_together(settings, said):
     with pytest.raises(BadInput, match=said):
-        config.check(config.GRPO(**{**SGLANG, **settings}))
+        cli.check(config.GRPO(**{**SGLANG, **settings}))
 
 
 def test_which_server_a_rank_asks(monkeypatch):

@@ -20,7 +20,7 @@ import pytest
 import eval as evaluation
 import serve_user
 import train
-from minitau import ablate, config, demo, plot, study, tiny, view
+from minitau import ablate, cli, config, demo, plot, study, tiny, view
 from minitau.base import pretrain
 from minitau.log import run_script, whole_lines
 
@@ -203,19 +203,19 @@ def test_tau2_that_is_not_there(tmp_path, tiny_dir):
 
 
 SCRIPTS = {
-    "train.py": config.parse_stage,
-    "eval.py": functools.partial(config.parse, config.Evaluation, "eval.py", ""),
-    "serve_user.py": functools.partial(config.parse, config.Server, "serve_user.py", ""),
-    "minitau.sft": functools.partial(config.parse, config.Demonstrations, "minitau.sft", ""),
-    "minitau.sft --check": functools.partial(config.parse, config.Check, "minitau.sft", ""),
-    "minitau.tasks": functools.partial(config.parse, config.Listing, "minitau.tasks", ""),
-    "minitau.tiny": functools.partial(config.parse, tiny.Tiny, "minitau.tiny", ""),
-    "minitau.ablate": functools.partial(config.parse, ablate.Ablations, "minitau.ablate", ""),
-    "minitau.study": functools.partial(config.parse, study.Study, "minitau.study", ""),
-    "minitau.demo": functools.partial(config.parse, demo.Demo, "minitau.demo", ""),
-    "minitau.base.pretrain": functools.partial(config.parse, pretrain.Pretrain, "minitau.base.pretrain", ""),
-    "minitau.view": lambda words: config.parse(view.View, "minitau.view", "", behind_folders(words)),
-    "minitau.plot": lambda words: config.parse(plot.Plot, "minitau.plot", "", behind_folders(words)),
+    "train.py": cli.parse_stage,
+    "eval.py": functools.partial(cli.parse, config.Evaluation, "eval.py", ""),
+    "serve_user.py": functools.partial(cli.parse, config.Server, "serve_user.py", ""),
+    "minitau.sft": functools.partial(cli.parse, config.Demonstrations, "minitau.sft", ""),
+    "minitau.sft --check": functools.partial(cli.parse, config.Check, "minitau.sft", ""),
+    "minitau.tasks": functools.partial(cli.parse, config.Listing, "minitau.tasks", ""),
+    "minitau.tiny": functools.partial(cli.parse, tiny.Tiny, "minitau.tiny", ""),
+    "minitau.ablate": functools.partial(cli.parse, ablate.Ablations, "minitau.ablate", ""),
+    "minitau.study": functools.partial(cli.parse, study.Study, "minitau.study", ""),
+    "minitau.demo": functools.partial(cli.parse, demo.Demo, "minitau.demo", ""),
+    "minitau.base.pretrain": functools.partial(cli.parse, pretrain.Pretrain, "minitau.base.pretrain", ""),
+    "minitau.view": lambda words: cli.parse(view.View, "minitau.view", "", behind_folders(words)),
+    "minitau.plot": lambda words: cli.parse(plot.Plot, "minitau.plot", "", behind_folders(words)),
 }
 NOT_OURS = ("pytest", "sglang.launch_server")
 
@@ -234,17 +234,17 @@ def readme_commands():
     lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
     for command in (part for line in lines for part in re.split(r" && | & | &$", line)):
         if found := re.match(r"(?:python (?:-m )?|torchrun --nproc_per_node \S+ )(\S+)(.*)", command):
-            name, flags = found[1], shlex.split(found[2], comments=True)
-            yield f"{name} --check" if "--check" in flags else name, [flag for flag in flags if flag != "..."]
+            name, words = found[1], shlex.split(found[2], comments=True)
+            yield f"{name} --check" if "--check" in words else name, [word for word in words if word != "..."]
 
 
 def test_every_command_in_the_readme_has_flags_that_exist():
     found = list(readme_commands())
     assert len(found) > 15
-    for script, flags in found:
+    for script, words in found:
         if script in NOT_OURS:
             continue
         if script.startswith("benchmarks/"):
             assert (ROOT / script).is_file()
         else:
-            SCRIPTS[script](flags)
+            SCRIPTS[script](words)

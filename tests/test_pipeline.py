@@ -11,7 +11,7 @@ import pytest
 
 import eval as evaluation
 import train
-from minitau import checkpoint, config, demo, sft, study
+from minitau import checkpoint, cli, config, demo, sft, study
 from minitau.curriculum import Curriculum
 from minitau.envs import open_world
 from minitau.envs.courier.tasks import TURNS
@@ -145,7 +145,7 @@ def test_a_demo_killed_while_it_claims_its_folder_goes_on(before, monkeypatch, t
 
 def test_the_curriculum_meets_tasks_again():
     """With the demo's numbers, when every second step plays a second round: it does so more often."""
-    cfg = config.parse(config.GRPO, "", "", ["--model", "m", "--out", "o", *FLAGS["grpo"].split()])
+    cfg = cli.parse(config.GRPO, "", "", ["--model", "m", "--out", "o", *FLAGS["grpo"].split()])
     tasks = list(for_training(cfg, open_world(cfg)))
     families = Counter(task.domain for task in tasks)
     assert set(families.values()) == {4 * len(TURNS["desk"])}, "each family's whole mixture, four times"
@@ -227,7 +227,7 @@ def test_an_arm_finds_its_demo_from_anywhere(monkeypatch, tmp_path):
     at = str(tmp_path / "here" / "seed-0")
     assert first.command[first.command.index("--out") + 1] == at
     for part in arms:
-        theirs = config.parse(study.Study, "", "", list(part.command[2:]))
+        theirs = cli.parse(study.Study, "", "", list(part.command[2:]))
         assert study.demo_of(theirs, "0").out == at and part.proof.is_relative_to(at)
         assert part.needs == (first.proof,)
 

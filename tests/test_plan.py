@@ -9,7 +9,7 @@ import pytest
 
 import train
 from benchmarks.mfu import LENGTHS, SHAPES, step_flops
-from minitau import budget, config, memory, pace, plan
+from minitau import budget, cli, config, memory, pace, plan
 from minitau.log import run_script
 from minitau.model import ModelConfig
 
@@ -58,7 +58,7 @@ def dry_run(capsys, model, flags):
 
 def case(flags="", stage="grpo", **told):
     words = f"--stage {stage} --preset tau2-4b --model none --dry-run {flags}".split()
-    _, cfg, asked = config.parse_stage(words)
+    _, cfg, asked = cli.parse_stage(words)
     return budget.Case(stage, cfg, FOUR_B, dataclasses.replace(asked, **told))
 
 

@@ -8,7 +8,7 @@ from test_cli import refused
 
 import eval as evaluation
 import train
-from minitau import config
+from minitau import cli, config
 from minitau.envs import open_world
 from minitau.envs.tau2 import Tau2, read_policies
 from minitau.episode import BadInput
@@ -30,12 +30,12 @@ def clean(monkeypatch):
         monkeypatch.delenv(variable, raising=False)
 
 
-def grpo(*flags):
-    return config.parse_stage([*GRPO, *flags])[1]
+def grpo(*words):
+    return cli.parse_stage([*GRPO, *words])[1]
 
 
-def evaluate(*flags):
-    return config.parse(config.Evaluation, "eval.py", "", list(flags))
+def evaluate(*words):
+    return cli.parse(config.Evaluation, "eval.py", "", list(words))
 
 
 def test_without_variables_the_published_defaults_hold():
@@ -98,7 +98,7 @@ def test_a_malformed_variable_is_one_line_that_names_it(capsys, monkeypatch, var
 def test_help_shows_what_is_used(capsys, monkeypatch):
     monkeypatch.setenv("TAU2_REWARD_ALPHA", "0.125")
     with pytest.raises(SystemExit):
-        config.parse_stage(["--stage", "grpo", "--help"])
+        cli.parse_stage(["--stage", "grpo", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "$TAU2_REWARD_ALPHA, now '0.125'" in shown and "$TAU2_MAX_STEPS)" in shown
 

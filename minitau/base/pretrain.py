@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from minitau import checkpoint, config, parallel, tiny
+from minitau import checkpoint, cli, parallel, tiny
 from minitau.attention import packed_attention
 from minitau.base import words
 from minitau.base.talk import draw_conversation
@@ -263,7 +263,7 @@ def greedy_turns(engine: LocalEngine, chat: Chat, talk: Conversation) -> list[tu
 
 
 def main(argv: list[str]) -> None:
-    cfg = config.parse(Pretrain, "python -m minitau.base.pretrain", "Pre-train the base model.", argv)
+    cfg = cli.parse(Pretrain, "python -m minitau.base.pretrain", "Pre-train the base model.", argv)
     tiny.check(cfg)
     if cfg.batch_tokens < MAX_TOKENS or cfg.steps < 1 or cfg.scored < 1 or cfg.workers < 0 or cfg.forget_every < 0:
         raise BadInput(f"--batch-tokens must be {MAX_TOKENS} or more, --steps and --scored 1, the others 0")

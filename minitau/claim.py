@@ -1,0 +1,91 @@
+"""A run's folder is its own: claimed with its settings, locked while it runs, and given to none that differs."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+from minitau.episode import BadInput
+
+# What a resumed run may change without becoming another run.
+FREE_ON_RESUME = {
+    "out",
+    "steps",
+    "episodes",
+    "resume",
+    "save_every",
+    "keep",
+    "wandb",
+    "tensorboard",
+    "concurrency",
+    "user_api_base",
+    "task_file",  # its content is recorded, and may not change
+    "floors",
+    "engine_command",
+    "engine_url",
+    "engine_gpus",
+    "engine_mem",
+    "engine_timeout",
+    "engine_sleep",
+    "max_drift",
+    "recompute",
+    "compile",
+}
+
+
+def claim_run_dir(out: str, resume: bool, settings: dict[str, Any]) -> Path:
+    """Make `out` the folder of this run and record its settings there.
+
+    Raises BadInput if it holds another run, or this one and `resume` was not asked for.
+    """
+    folder = Path(out)
+    path = folder / "config.json"
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{out} is a file; --out must be a folder")
+    if path.is_file():
+        before = read_settings(path)
+        now = json.loads(json.dumps(settings))
+        changed = sorted(k for k in before | now if k not in FREE_ON_RESUME and before.get(k) != now.get(k))
+        if changed:
+            what = ", ".join(f"{k} ({before.get(k)!r}, now {now.get(k)!r})" for k in changed)
+            raise BadInput(f"{out} holds another run: {what}; choose another --out or repeat its settings")
+        if not resume:
+            raise BadInput(f"{out} holds this run already; add --resume to go on, or choose another --out")
+    elif folder.exists() and {entry.name for entry in folder.iterdir()} - {".lock", "config.tmp"}:
+        # (Those two are all that a run leaves which was killed while it claimed the folder.)
+        raise BadInput(f"{out} is not empty and holds no run of minitau; choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(settings, indent=1))
+        scratch.replace(path)
+    except BlockingIOError:
+        raise BadInput(f"another process is at work in {out}; wait for it, or choose another --out") from None
+    except OSError as error:
+        raise BadInput(f"{out} cannot be written ({error.strerror}); choose another --out") from None
+    return folder
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that a run recorded. Raises BadInput if the file is not that."""
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict) or not {"stage", "script"} & settings.keys():
+        raise BadInput(f"{path} is not a run's of minitau; choose another --out")
+    return settings
+
+
+LOCKS: dict[Path, Any] = {}  # held until the process ends, however it ends
+
+
+def lock(folder: Path) -> None:
+    """Keep other processes out of a run's folder. Raises BlockingIOError if one is there."""
+    if folder.resolve() not in LOCKS:
+        file = open(folder / ".lock", "w")  # noqa: SIM115  (closing it would give the lock away)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKS[folder.resolve()] = file
