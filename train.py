@@ -395,6 +395,12 @@ def main(argv: list[str]) -> None:
     parallel.start()
     try:
         {"sft": train_sft, "rft": train_rft, "grpo": train_grpo}[stage](cfg)
+    except torch.OutOfMemoryError as error:
+        what = ". ".join(str(error).split(". ")[:2])  # that it is out of memory, and what it asked for
+        raise OSError(
+            f"{what}; go on with --resume --recompute all, or leave an engine on the same GPU less (--engine-mem); or "
+            "start anew with fewer --micro-batch-tokens"
+        ) from error
     finally:
         parallel.stop()
 

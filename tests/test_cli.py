@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import eval as evaluation
 import serve_user
@@ -45,6 +46,18 @@ def data(tmp_path):
     row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
     path.write_text(3 * (json.dumps(row) + "\n"))
     return path
+
+
+def test_a_gpu_without_enough_memory_is_one_line_with_what_takes_less(capsys, monkeypatch, tmp_path):
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB, of\n which 1 GiB"
+
+    def fails(cfg):
+        raise torch.OutOfMemoryError(f"{text} is free. See documentation for Memory Management")
+
+    monkeypatch.setattr(train, "train_sft", fails)
+    line = refused(capsys, train.main, "--stage", "sft", "--model", "m", "--data", "d", "--out", tmp_path)
+    assert line.startswith("script: CUDA out of memory. Tried to allocate 2.00 GiB; ") and "documentation" not in line
+    assert all(f"--{flag}" in line for flag in ("recompute all", "resume", "micro-batch-tokens", "engine-mem"))
 
 
 def test_unknown_flags_are_named_with_the_nearest_known_one(capsys):
