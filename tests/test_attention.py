@@ -168,9 +168,9 @@ def logprobs_of(model, lengths, attends):
 
 def as_on_a_gpu(monkeypatch):
     """packed_attention takes its kernel; what is pinned for a GPU stays here."""
-    made = torch.tensor
     monkeypatch.setattr(attention, "has_kernel", lambda device, dtype: True)
-    monkeypatch.setattr(attention.torch, "tensor", lambda data, pin_memory=False, **how: made(data, **how))
+    unpinned = {"tensor": lambda data, dtype, pin_memory: torch.tensor(data, dtype=dtype)}
+    monkeypatch.setattr(attention, "torch", SimpleNamespace(**(vars(torch) | unpinned)))  # torch itself stays as it is
 
 
 def varlen_stand_in(q, k, v, cu_q, cu_k, longest, same, *, window_size, enable_gqa=False):
