@@ -51,18 +51,21 @@ def settings(args: argparse.Namespace, lengths: list[int], **also: Any) -> confi
 
 def open_run(args: argparse.Namespace, cfg: config.SFT) -> SimpleNamespace:
     """What run.update takes of a run: a random model, sharded, and its optimizer."""
-    device = parallel.device()
-    with torch.device(device):
-        model = Qwen3(ModelConfig(**SHAPES[args.shape]))
+    model = random_model(ModelConfig(**SHAPES[args.shape]))
+    run.spread(model, cfg)
+    return SimpleNamespace(model=model, optimizer=run.adamw(model, cfg))
+
+
+def random_model(shape: ModelConfig) -> Qwen3:
+    """On this process's device in fp32, and drawn there: a CPU would take a minute."""
+    with torch.device(parallel.device()):
+        model = Qwen3(shape)
         torch.manual_seed(0)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(0.0, 0.02)
-    if cfg.compile and attention.has_kernel(device, getattr(torch, cfg.dtype)):
-        model.compile_blocks()
-    parallel.shard(model, model.model.layers, getattr(torch, cfg.dtype))
-    return SimpleNamespace(model=model, optimizer=run.adamw(model, cfg))
+    return model
 
 
 def micro_batch(cfg: ModelConfig, lengths: list[int], seed: int = 0) -> batch.MicroBatch:
@@ -258,13 +261,8 @@ def measure_numbers(args: argparse.Namespace) -> dict[str, Any]:
     shape, device = ModelConfig(**SHAPES[args.shape]), parallel.device()
     lengths = [2048, 512, 64] if args.shape == "4b" else lengths_of(args)
     mb = micro_batch(shape, lengths)
+    exact = random_model(shape)
     with torch.device(device):
-        exact = Qwen3(shape)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for parameter in exact.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0.0, 0.02)
         theirs_cfg = Qwen3Config(**vars(shape), attn_implementation="sdpa")
         theirs = Qwen3ForCausalLM(theirs_cfg).float()
     theirs.load_state_dict(exact.state_dict(), strict=False)

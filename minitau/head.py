@@ -1,7 +1,8 @@
 """Log-probabilities and entropies of tokens under the LM head, without ever holding (N, V) logits.
 
 Shapes: N predicted tokens, V vocabulary, D hidden. The rows are taken some at a time, in forward and again in
-backward, so that the memory depends on neither N nor V: LOGITS logits exist at once. This file knows no model.
+backward, so that the memory depends on neither N nor V: so many logits exist at once as LOGITS says of the device.
+This file knows no model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOGITS = 2048 * 151_936  # in bf16 they are 0.62 GB, and their gradient as much
+# On a GPU in bf16 they are 0.62 GB, and their gradient as much; on a CPU, in fp32, half of that.
+LOGITS = {"cuda": 2048 * 151_936, "cpu": 512 * 151_936}
 
 
 class HeadLogprobs(torch.autograd.Function):
@@ -27,7 +29,7 @@ class HeadLogprobs(torch.autograd.Function):
     def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float):
         logprobs_N = hidden_ND.new_empty(len(targets_N), dtype=torch.float32)
         entropy_N, lse_N = torch.empty_like(logprobs_N), torch.empty_like(logprobs_N)
-        for rows in row_chunks(len(targets_N), len(weight_VD)):
+        for rows in row_chunks(targets_N, len(weight_VD)):
             logits = F.linear(hidden_ND[rows], weight_VD)
             of_rows = fused(statistics, logits.device.type)(logits, targets_N[rows], temperature)
             logprobs_N[rows], lse_N[rows], entropy_N[rows] = of_rows
@@ -40,7 +42,7 @@ class HeadLogprobs(torch.autograd.Function):
         hidden_ND, weight_VD, targets_N, logprobs_N, lse_N, entropy_N = ctx.saved_tensors
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for rows in row_chunks(len(targets_N), len(weight_VD)):
+        for rows in row_chunks(targets_N, len(weight_VD)):
             logits = F.linear(hidden_ND[rows], weight_VD)
             of_rows = [entropy_N[rows], grad_logprobs_N[rows], grad_entropy_N[rows], ctx.temperature]
             grad_logits = fused(elsewhere, logits.device.type)(logits, lse_N[rows], *of_rows)
@@ -86,7 +88,7 @@ def fused(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     return torch.compile(function) if device == "cuda" else function
 
 
-def row_chunks(n: int, vocabulary: int) -> list[slice]:
-    """The n rows in pieces of at most LOGITS logits each."""
-    rows = max(1, LOGITS // vocabulary)
+def row_chunks(targets_N: Tensor, vocabulary: int) -> list[slice]:
+    """The N rows in pieces of at most LOGITS logits each."""
+    n, rows = len(targets_N), max(1, LOGITS[targets_N.device.type] // vocabulary)
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]

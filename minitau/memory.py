@@ -77,7 +77,9 @@ def needs(cfg: ModelConfig, tokens: int, ranks: int, compiled: bool = True) -> N
     whole, block, embedding = parameters(cfg), block_parameters(cfg), cfg.vocab_size * cfg.hidden_size
     # Several ranks have two blocks at a time, one alone all of them (see parallel.shard).
     in_use = whole if ranks == 1 else whole - (cfg.num_hidden_layers - 2) * block
-    of_head = 2 * HALF * min(head.LOGITS, tokens * cfg.vocab_size) + (4 + HALF) * embedding
+    # The logits in bf16 and their gradient; what is not compiled holds four more of them at a time, in fp32.
+    of_logit = 2 * HALF + (0 if compiled else 16)
+    of_head = of_logit * min(head.LOGITS["cuda"], tokens * cfg.vocab_size) + (4 + HALF) * embedding
     return Needs(
         weights=MASTER * whole // ranks,
         optimizer=ADAM * whole // ranks,

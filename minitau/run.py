@@ -47,10 +47,7 @@ def open_run(stage: str, cfg: config.Training, **also: str) -> Run:
     folder = Path(cfg.out)
     chat.check_vocabulary(model.cfg.vocab_size)
     claim_run_dir(cfg.out, cfg.resume, {"stage": stage, **dataclasses.asdict(cfg), **also})
-    model.to(parallel.device())
-    if cfg.compile and has_kernel(parallel.device(), getattr(torch, cfg.dtype)):
-        model.compile_blocks()
-    parallel.shard(model, model.model.layers, getattr(torch, cfg.dtype))
+    spread(model, cfg)
     optimizer = adamw(model, cfg)
     state = checkpoint.load(folder, model, optimizer) if cfg.resume else None
     step = state["step"] if state else 0
@@ -81,9 +78,19 @@ def claim_run_dir(out: str, resume: bool, settings: dict) -> None:
 
 def open_reference(cfg: config.Training) -> Qwen3:
     """The starting model, frozen: what KL holds the policy to."""
-    model = checkpoint.load_model(cfg.model).to(parallel.device())
-    parallel.shard(model, model.model.layers, getattr(torch, cfg.dtype))
+    model = checkpoint.load_model(cfg.model)
+    spread(model, cfg)
     return model.requires_grad_(False)
+
+
+def spread(model: Qwen3, cfg: config.Training) -> None:
+    """Bring a model that was loaded to this rank's device, compiled if asked and possible, and shard it."""
+    model.to(parallel.device())
+    if not cfg.compile:
+        torch.compiler.set_stance("force_eager")  # the head too
+    elif has_kernel(parallel.device(), getattr(torch, cfg.dtype)):
+        model.compile_blocks()
+    parallel.shard(model, model.model.layers, getattr(torch, cfg.dtype))
 
 
 def adamw(model: Qwen3, cfg: config.Training) -> torch.optim.Optimizer:

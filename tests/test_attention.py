@@ -214,3 +214,5 @@ def test_no_block_is_compiled_around_attention_that_goes_by_lengths(monkeypatch,
     for name, flag in (("run", True), ("not", False)):
         runs.open_run("sft", config.SFT(model=str(tiny_dir), out=str(tmp_path / name), dtype=dtype, compile=flag))
     assert len(asked) == compiled
+    assert torch.compile(lambda: torch.compiler.is_compiling())() is False  # --no-compile holds for the head as well
+    torch.compiler.set_stance("default")

@@ -231,7 +231,7 @@ def head_inputs(n, vocab=29, hidden=8):
 @pytest.mark.parametrize("n", [1, 4, 5, 13, 15])
 def test_head_equals_naive_log_softmax(monkeypatch, n, temperature):
     """Values and gradients against autograd in float64. Ours is fp32 inside by design, so gradcheck is not for it."""
-    monkeypatch.setattr(head, "LOGITS", 5 * 29)  # below, at, above and at a multiple of the chunk
+    monkeypatch.setitem(head.LOGITS, "cpu", 5 * 29)  # below, at, above and at a multiple of the chunk
     states, weight, targets, pull, pull_entropy = head_inputs(n)
     states64, weight64 = states.double().requires_grad_(), weight.double().requires_grad_()
     log_p = (states64 @ weight64.T / temperature).log_softmax(-1)
@@ -312,7 +312,7 @@ class Allocations(TorchDispatchMode):
 
 def test_no_tensor_of_predictions_times_vocabulary(monkeypatch):
     """Forward and backward of the whole model: whatever has the vocabulary in its shape is small."""
-    monkeypatch.setattr(head, "LOGITS", 8 * SMALL["vocab_size"])
+    monkeypatch.setitem(head.LOGITS, "cpu", 8 * SMALL["vocab_size"])
     vocab, hidden = SMALL["vocab_size"], SMALL["hidden_size"]  # 97 stands for nothing else
     net = small_model()
     ids = random_ids(60)
