@@ -112,7 +112,7 @@ class Opening:
     policy: str  # the text of the system message
     tools: tuple[dict[str, Any], ...]  # OpenAI function schemas
     messages: tuple[Message, ...]  # the greeting, if the domain has one, and the customer's first words
-    user_seconds: float = 0.0  # how long the customer took to say them
+    user_seconds: float = field(default=0.0, compare=False)  # how long the customer took to say them
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Observation:
 
     messages: tuple[Message, ...] = ()
     stop: Stop | None = None
-    user_seconds: float = 0.0  # how long the customer took to answer
+    user_seconds: float = field(default=0.0, compare=False)  # how long the customer took to answer
 
 
 @dataclass(frozen=True)
