@@ -1,7 +1,7 @@
 """How fast weights reach an SGLang server on the trainer's GPU, whether they arrive, and what a rollout makes of it.
 
-    python benchmarks/engine.py --engine-command "python -m sglang.launch_server" --work /tmp/engine
-    torchrun --nproc_per_node 2 benchmarks/engine.py ...        # a server a rank, weights sharded over both
+    python -m benchmarks.engine --engine-command "python -m sglang.launch_server" --work /tmp/engine
+    torchrun --nproc_per_node 2 -m benchmarks.engine ...        # a server a rank, weights sharded over both
 
 starts a server a rank with a random Qwen3 of 4B parameters, of which the trainer (fp32 weights under FSDP2, bf16
 compute) holds its own copy, and prints one JSON object, of rank 0 where nothing else is said:
@@ -41,20 +41,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-from engine_load import Load, measure_rollout
 
+from benchmarks.engine_load import Load, measure_rollout
+from benchmarks.mfu import SHAPES
 from minitau import batch, checkpoint, config, parallel, probe, rollout, tiny
 from minitau.chat import Chat, load_chat
 from minitau.engines import handover
 from minitau.engines.launch import open_sglang
 from minitau.engines.sglang import SGLangEngine
 from minitau.episode import Completion, Sampling
-from minitau.model import ModelConfig, Qwen3
+from minitau.model import Qwen3, init_weights
 
-SHAPES = {
-    "4b": ModelConfig(),
-    "tiny": ModelConfig(2048, 64, 128, 2, 2, 1, 32),
-}
 # One tensor of each kind, from layers early and late.
 PERTURBED = (
     "model.embed_tokens.weight",
@@ -79,11 +76,7 @@ def open_both(args: argparse.Namespace) -> tuple[Qwen3, Chat, SGLangEngine, Simp
         checkpoint.write_config(folder, shape, torch.bfloat16, folder)
     with torch.device(parallel.device()):
         model = Qwen3(shape)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0.0, 0.02)
+    init_weights(model, 0)
     if args.shape == "tiny" and parallel.is_main():  # the stand-in starts from a file
         checkpoint.save_pretrained(folder, shape, model.named_parameters(), torch.float32, folder)
     parallel.barrier()  # the files are there

@@ -1,7 +1,7 @@
 """How fast others train the same model on the same tokens: transformers in a plain loop, and TRL's SFTTrainer.
 
-    python benchmarks/peers.py --which transformers --attention flash_attention_4
-    python benchmarks/peers.py --which trl --attention flash_attention_4 --liger
+    python -m benchmarks.peers --which transformers --attention flash_attention_4
+    python -m benchmarks.peers --which trl --attention flash_attention_4 --liger
 
 A dense Qwen3 with random weights takes optimizer steps (forward, loss, backward, clipping, fused AdamW) on one
 micro-batch of packed documents, every token predicted but the first of each. Prints one JSON object; the seconds are
@@ -36,7 +36,9 @@ from typing import Any
 
 import torch
 import transformers
-from mfu import LENGTHS, SHAPES, mfu, parameters
+
+from benchmarks.mfu import LENGTHS, SHAPES, mfu
+from minitau.memory import parameters
 
 WARM_UP = 2
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "datasets", "liger-kernel", "flash-attn-4", "triton")
@@ -68,8 +70,8 @@ def now() -> float:
 def new_model(args: argparse.Namespace) -> transformers.PreTrainedModel:
     """A Qwen3 with random weights, made on the GPU. Raises ImportError for an attention that is not installed."""
     shape = SHAPES[args.shape]
-    rope = {"rope_type": "default", "rope_theta": 1e6}
-    config = transformers.Qwen3Config(**shape, max_position_embeddings=40_960, rope_parameters=rope)
+    rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    config = transformers.Qwen3Config(**vars(shape), rope_parameters=rope)
     torch.manual_seed(0)
     with torch.device(device()):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -83,7 +85,7 @@ def new_model(args: argparse.Namespace) -> transformers.PreTrainedModel:
 def documents(args: argparse.Namespace) -> list[dict[str, list[int]]]:
     """Random ids, a document a length."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = SHAPES[args.shape]["vocab_size"]
+    vocabulary = SHAPES[args.shape].vocab_size
     return [{"input_ids": torch.randint(vocabulary, (n,), generator=generator).tolist()} for n in args.lengths]
 
 

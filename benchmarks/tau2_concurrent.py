@@ -1,6 +1,6 @@
 """Do many episodes wait for their customers all at once?
 
-    python benchmarks/tau2_concurrent.py --episodes 128 --gym 16
+    python -m benchmarks.tau2_concurrent --episodes 128 --gym 16
 
 starts an OpenAI-compatible endpoint in a process of its own that takes 300 ms a reply, and plays
 real episodes against it: tau2's own user simulator through litellm, our Env, the official grader.

@@ -1,6 +1,6 @@
 """Are episodes on our cached databases the same as on tau2-bench's own, and how much faster are they?
 
-    python benchmarks/tau2_faithful.py --tasks 40      # a domain; 0 is all of its tasks
+    python -m benchmarks.tau2_faithful --tasks 40      # a domain; 0 is all of its tasks
 
 plays every task four times (its reference, a refusal, the reference without its last action, the
 reference with one argument exchanged), each with tau2's own constructor of the domain and with

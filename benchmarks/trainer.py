@@ -1,6 +1,6 @@
 """How fast the trainer is at a 4B model's shape on one GPU, what memory it takes, and whether its numbers are right.
 
-    python benchmarks/trainer.py --parts speed,memory,numbers --out trainer.json
+    python -m benchmarks.trainer --parts speed,memory,numbers --out trainer.json
 
 Random weights, fp32 master weights and AdamW, bf16 compute, through train.sft_loss and run.update as they are. Prints
 one JSON object:
@@ -29,14 +29,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from engine_load import busy_seconds
-from mfu import LENGTHS, SHAPES, mfu
 from torch import Tensor
 
 import train
+from benchmarks.engine_load import busy_seconds
+from benchmarks.mfu import LENGTHS, SHAPES, mfu
 from minitau import attention, batch, config, memory, parallel, run
 from minitau.head import HeadLogprobs
-from minitau.model import ModelConfig, Qwen3
+from minitau.model import ModelConfig, Qwen3, init_weights
 
 # -- a run without a folder --------------------------------------------------------------------------------
 
@@ -51,20 +51,16 @@ def settings(args: argparse.Namespace, lengths: list[int], **also: Any) -> confi
 
 def open_run(args: argparse.Namespace, cfg: config.SFT) -> SimpleNamespace:
     """What run.update takes of a run: a random model, sharded, and its optimizer."""
-    model = random_model(ModelConfig(**SHAPES[args.shape]))
+    model = random_model(SHAPES[args.shape])
     run.spread(model, cfg)
     return SimpleNamespace(model=model, optimizer=run.adamw(model, cfg))
 
 
 def random_model(shape: ModelConfig) -> Qwen3:
-    """On this process's device in fp32, and drawn there: a CPU would take a minute."""
+    """In fp32 on this process's device, and drawn there: a CPU would take a minute."""
     with torch.device(parallel.device()):
         model = Qwen3(shape)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0.0, 0.02)
+    init_weights(model, 0)
     return model
 
 
@@ -128,7 +124,7 @@ def measure_steps(
         "seconds": seconds[2:],
         "median": median,
         "tokens_per_second": micro_batches * sum(lengths) / median,
-        "mfu": mfu(vars(shape), lengths, median / micro_batches),
+        "mfu": mfu(shape, lengths, median / micro_batches),
         "peak_gb": peak_gb(),
         "recomputed_blocks": opened.model.recomputed(sum(lengths)),
         "warm_up_seconds": warm,
@@ -258,7 +254,7 @@ def measure_numbers(args: argparse.Namespace) -> dict[str, Any]:
     """Log-probabilities of the same weights and tokens, and the gradient of their mean, computed several ways."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    shape, device = ModelConfig(**SHAPES[args.shape]), parallel.device()
+    shape, device = SHAPES[args.shape], parallel.device()
     lengths = [2048, 512, 64] if args.shape == "4b" else lengths_of(args)
     mb = micro_batch(shape, lengths)
     exact = random_model(shape)

@@ -90,12 +90,12 @@ def bytes_to_keep(shape: ModelConfig) -> int:
 def lodgers(case: Case) -> list[Part]:
     """What is on a GPU that trains before training and the engine are: driver, processes, customers."""
     count = 1 + case.guest + case.customers
-    parts = [Part("driver, CUDA contexts", RESERVED + count * CONTEXT, f"0.6 + 0.5 for each process ({count})")]
+    how = f"{RESERVED / 1e9:g} + {CONTEXT / 1e9:g} for each process ({count})"
+    parts = [Part("driver, CUDA contexts", RESERVED + count * CONTEXT, how)]
     if case.customers:
-        total = case.told.user_mem * case.gpu.memory + BESIDE
-        parts.append(
-            Part("customers' server", total, f"--user-mem {case.told.user_mem:g} x {gb(case.gpu.memory)} + 2 beside")
-        )
+        share = case.told.user_mem * case.gpu.memory
+        how = f"--user-mem {case.told.user_mem:g} x {gb(case.gpu.memory)} + {BESIDE / 1e9:g} beside"
+        parts.append(Part("customers' server", share + BESIDE, how))
     return parts
 
 

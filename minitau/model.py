@@ -197,8 +197,8 @@ class Qwen3(nn.Module):
 
 
 def init_weights(model: Qwen3, seed: int) -> None:
-    """Random weights as Hugging Face starts a Qwen3: normal(0, 0.02), norms at one."""
-    generator = torch.Generator().manual_seed(seed)
+    """Random weights as Hugging Face starts a Qwen3: normal(0, 0.02), norms at one. Drawn where the model is."""
+    generator = torch.Generator(model.head_weight.device).manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -170,7 +170,14 @@ def text(case: Case) -> str:
         rest = Part("left", gpu.memory - total(playing), "")
         lines += table("Memory of the same GPU while the engine plays, GB", [*playing, rest], 1e9)
     if case.own_gpus:
-        own = [Part("driver, CUDA context", pace.RESERVED + pace.CONTEXT, "0.6 + 0.5"), *engine(case)]
+        own = [
+            Part(
+                "driver, CUDA context",
+                pace.RESERVED + pace.CONTEXT,
+                f"{pace.RESERVED / 1e9:g} + {pace.CONTEXT / 1e9:g}",
+            ),
+            *engine(case),
+        ]
         lines += table(f"Memory of each of GPUs {','.join(case.own_gpus)}, GB", own, 1e9)
     loading = case.ranks * MASTER * memory.parameters(shape)
     disk = (cfg.keep + 1) * checkpoint_bytes(shape) + HALF * memory.parameters(shape)

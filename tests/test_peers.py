@@ -12,13 +12,14 @@ import pytest
 
 from benchmarks import mfu
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "peers.py"
+ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--shape", "tiny", "--attention", "sdpa", "--lengths", "40,16,8", "--steps", "4"]
 
 
 def run(*flags):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", "benchmarks.peers", *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
 @pytest.mark.parametrize("which", ["transformers", "trl"])
