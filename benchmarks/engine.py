@@ -21,7 +21,8 @@ sleep     what releasing the KV cache gives back, and how long it and waking tak
 death     rank 0's server is killed under 64 requests (a rank): seconds until all are answered
 trains_on as trains, after that
 
-`--shape tiny` with tests/fake_sglang.py runs the same on a CPU, to see that it works.
+`--shape tiny --engine-command "env PYTHONPATH=. python tests/fake_sglang.py"` runs the same on a CPU, to see that it
+works.
 """
 
 from __future__ import annotations
@@ -207,11 +208,9 @@ def measure_drift(engine: SGLangEngine, weights: parallel.FullWeights, both: Sim
     kept = head.clone()
     for version, sharpness in enumerate((1.0, 0.5), 100):
         head.copy_(kept * sharpness)
-        forget_gathered(both.run.model)
         engine.sync(weights, version)
         found[f"sharpness_{sharpness:g}"] = drift_of(engine, both, version)
     head.copy_(kept)
-    forget_gathered(both.run.model)
     engine.sync(weights, 102)
     return found
 
@@ -231,18 +230,11 @@ def drift_of(engine: SGLangEngine, both: SimpleNamespace, version: int) -> dict[
         kept = mine.clone()
         with torch.no_grad():
             mine.add_(torch.randn_like(mine) * (0.5 if mine.ndim == 1 else kept.std()))
-        forget_gathered(both.run.model)
         stale[name] = probe.probe(engine, both.run, both.cfg, version)
         with torch.no_grad():
             mine.copy_(kept)
-        forget_gathered(both.run.model)
     again = probe.probe(engine, both.run, both.cfg, version)
     return {"mean": statistics.fmean(right), "each": right, "one_tensor_stale": stale, "and_right_again": again}
-
-
-def forget_gathered(model: Qwen3) -> None:
-    """What a forward without backward left gathered, the root's weights as they were, is given back."""
-    parallel.FullWeights(model).parts()
 
 
 # -- sleep and death ---------------------------------------------------------------------------------------
