@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,12 @@ SMALL = {
     "rope_theta": 10_000.0,
     "max_position_embeddings": 512,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heeds_ctrl_c():
+    """A shell's background job ignores ctrl-C, and so would what a test starts to send it one."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -183,9 +183,7 @@ def test_ctrl_c_in_a_rollout_and_a_second_process(tmp_path, tiny_dir):
     flags = f"--stage grpo --model {tiny_dir} --out {tmp_path / 'run'} --max-new-tokens 100 --resume".split()
     command = [sys.executable, "train.py", *flags]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    # A shell's background job ignores ctrl-C, and so would whatever it starts.
-    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    first = subprocess.Popen(command, cwd=ROOT, preexec_fn=heeds, **pipes)
+    first = subprocess.Popen(command, cwd=ROOT, **pipes)
     try:
         deadline = time.time() + 120
         while not whole_lines(tmp_path / "run" / "metrics.jsonl") and time.time() < deadline:

@@ -242,7 +242,6 @@ def test_no_server_outlives_its_owner(model_dir, tmp_path, end):
         stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, **FOR_THE_FAKE},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     pids = [int(pid) for pid in owner.stdout.readline().split()]
     assert len(pids) == 2 and all(map(is_running, pids))
