@@ -1,13 +1,14 @@
-"""How fast the trainer is at a 4B model's shape on one GPU, what memory it takes, and whether its numbers are right.
+"""How fast the trainer is at a 4B model's shape, what memory it takes, and whether its numbers are right.
 
     python -m benchmarks.trainer --parts speed,memory,numbers --out trainer.json
+    torchrun --nproc_per_node 2 -m benchmarks.trainer --parts speed          # over two GPUs
 
 Random weights, fp32 master weights and AdamW, bf16 compute, through train.sft_loss and run.update as they are. Prints
 one JSON object:
 
-speed     seconds of a step (forward, loss, backward, clipping, AdamW) on 16,384 packed tokens of mixed lengths, all of
-          them predicted, one micro-batch; tokens/s, MFU (see mfu.py) and peak memory, for several settings; where the
-          time goes by kind of kernel
+speed     seconds of a step (forward, loss, backward, clipping, AdamW) on 16,384 packed tokens of mixed lengths a rank,
+          all of them predicted, one micro-batch; tokens/s of all ranks, MFU (see mfu.py) and peak memory of one, for
+          several settings; where the time goes by kind of kernel
 memory    the same for 32,768 tokens; and the peak of the head alone for three vocabularies
 numbers   differences of log-probabilities and gradients to transformers' model in fp32 on the same weights; compiled or
           not, recomputed or not
@@ -73,7 +74,7 @@ def micro_batch(cfg: ModelConfig, lengths: list[int], seed: int = 0) -> batch.Mi
     targets_N = positions_T.nonzero().squeeze(1)
     values_N = torch.zeros(len(targets_N), device=device)
     bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    weights_N = torch.full_like(values_N, 1 / len(targets_N))
+    weights_N = torch.full_like(values_N, 1 / (len(targets_N) * parallel.world_size()))
     sequence_N = torch.zeros_like(targets_N)
     return batch.MicroBatch(
         ids_T, positions_T, bounds, targets_N - 1, ids_T[targets_N], sequence_N, values_N, values_N, weights_N
@@ -111,7 +112,8 @@ def measure_steps(
 
     start_all = time.perf_counter()
     for step in range(2 + steps):
-        mbs = [micro_batch(shape, lengths, seed=100 * step + i) for i in range(micro_batches)]
+        first = 1000 * parallel.rank() + 100 * step
+        mbs = [micro_batch(shape, lengths, seed=first + i) for i in range(micro_batches)]
         synchronize()
         start = time.perf_counter()
         result = run.update(opened, cfg, mbs, loss_of, 1e-6)
@@ -123,7 +125,7 @@ def measure_steps(
     return {
         "seconds": seconds[2:],
         "median": median,
-        "tokens_per_second": micro_batches * sum(lengths) / median,
+        "tokens_per_second": parallel.world_size() * micro_batches * sum(lengths) / median,
         "mfu": mfu(shape, lengths, median / micro_batches),
         "peak_gb": peak_gb(),
         "recomputed_blocks": opened.model.recomputed(sum(lengths)),
@@ -343,18 +345,19 @@ def main() -> None:
     parser.add_argument("--out", default="", help="file for the JSON, written after each part")
     args = parser.parse_args()
     parallel.start()
-    result: dict[str, Any] = {"shape": args.shape, "torch": torch.__version__}
+    result: dict[str, Any] = {"shape": args.shape, "torch": torch.__version__, "ranks": parallel.world_size()}
     if torch.cuda.is_available():
         result |= {"gpu": torch.cuda.get_device_name(), "attention": attention.kernel().__name__}
     try:
         for part in args.parts.split(","):
             result[part] = PARTS[part](args)
             free_everything()
-            if args.out:
+            if args.out and parallel.is_main():
                 Path(args.out).write_text(json.dumps(result, indent=1))
     finally:
         parallel.stop()
-    print(json.dumps(result, indent=1))
+    if parallel.is_main():
+        print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

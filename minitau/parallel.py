@@ -195,6 +195,24 @@ def shard(model: nn.Module, blocks: nn.ModuleList, compute_dtype: torch.dtype) -
     for block in blocks:  # a single GPU has nothing to gather: what it casts for forward it keeps for backward
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=world_size() > 1)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    if world_size() == 1:
+        for module in (*blocks, model):
+            module.set_custom_reduce_scatter(Unreduced())
+
+
+class Unreduced:
+    """The reduction of gradients over a mesh of one, which FSDP takes for a copy from one buffer to another: here both
+    are the same one. For set_custom_reduce_scatter, whose `allocate` is asked for the first and then for the second."""
+
+    def __init__(self) -> None:
+        self.first: Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        first, self.first = self.first, None
+        if first is not None and (first.shape, first.dtype) == (torch.Size(size), dtype):
+            return first
+        self.first = torch.empty(size, dtype=dtype, device=device)
+        return self.first
 
 
 def reshard(model: nn.Module) -> None:

@@ -323,3 +323,34 @@ def test_bf16_compute_is_that_of_bf16_weights():
     """What enters a block in fp32, the angles of RoPE, stays so: FSDP casts weights, and nothing else."""
     unsharded, sharded = alone(AS_HALF)
     assert sharded == unsharded
+
+
+GRADIENTS = """
+halves = dict(half.named_parameters())
+sums = {name: 0.0 for name in halves}
+for weight in (1.0, -0.25, 3.0):
+    for each in (half, model):
+        parallel.backward(weight * run.forward(each, mb, 1.0, "bfloat16")[0].sum())
+    for name, parameter in halves.items():
+        sums[name] = sums[name] + parameter.grad.float()
+        parameter.grad = None
+for name, parameter in model.named_parameters():
+    assert torch.equal(parallel.local(parameter.grad), sums[name]), name
+    assert float(sums[name].abs().max()) > 0, name
+print("fine")
+"""
+
+
+def test_gradients_of_micro_batches_add_up_in_fp32():
+    """Also where nothing is reduced, and FSDP's two buffers for that are one."""
+    assert alone(GRADIENTS) == ["fine"]
+
+
+def test_a_reduction_over_one_rank_takes_one_buffer():
+    """FSDP asks for its input, then for its output; a pair that differs in size gets two, and the next pair is new."""
+    comm, like = parallel.Unreduced(), {"dtype": torch.float32, "device": torch.device("cpu")}
+    first = comm.allocate((7,), **like)
+    assert comm.allocate((7,), **like) is first
+    second = comm.allocate((7,), **like)
+    assert second is not first
+    assert comm.allocate((5,), **like).shape == (5,)
