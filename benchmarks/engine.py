@@ -2,9 +2,10 @@
 
     python -m benchmarks.engine --engine-command "python -m sglang.launch_server" --work /tmp/engine
     torchrun --nproc_per_node 2 -m benchmarks.engine ...        # a server a rank, weights sharded over both
+    python -m benchmarks.engine --engine-gpus 1 ...             # the server on a GPU of its own, weights by NCCL
 
 starts a server a rank with a random Qwen3 of 4B parameters, of which the trainer (fp32 weights under FSDP2, bf16
-compute) holds its own copy, and prints one JSON object, of rank 0 where nothing else is said:
+compute) holds its own copy, and prints one JSON object, of rank 0 where nothing else is said; `--parts` chooses:
 
 sync      seconds of a whole sync, on the rank where each takes longest; the most memory that 50 took beside what was
           there before them, and what they leave behind; where the time goes (slower, for it waits after each part)
@@ -88,7 +89,8 @@ def open_both(args: argparse.Namespace) -> tuple[Qwen3, Chat, SGLangEngine, Simp
         engine="sglang",
         engine_command=args.engine_command,
         engine_mem=args.engine_mem,
-        engine_sleep=torch.cuda.is_available(),
+        engine_gpus=tuple(filter(None, args.engine_gpus.split(","))),
+        engine_sleep=torch.cuda.is_available() and not args.engine_gpus,
         dtype=args.dtype,
         max_tokens=16_384,
         concurrency=64,
@@ -294,39 +296,48 @@ def train_a_little(both: SimpleNamespace) -> float:
     return norm
 
 
+def load_of(shape: str) -> Load:
+    return Load(64, 4096, 10, 64, 96) if shape == "4b" else Load(8, 64, 3, 8, 12)
+
+
+PARTS: dict[str, Callable[[SimpleNamespace], Any]] = {
+    "sync": lambda at: measure_sync(at.engine, at.weights),
+    "drift": lambda at: measure_drift(at.engine, at.weights, at.both),
+    "trains": lambda at: train_a_little(at.both),
+    "rollout": lambda at: measure_rollout(at.engine, at.chat, load_of(at.args.shape), at.args.trials),
+    "sleep": lambda at: measure_sleep(at.engine, at.weights),
+    "death": lambda at: measure_death(at.engine),
+    "trains_on": lambda at: train_a_little(at.both),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine-command", default="")
     parser.add_argument("--engine-mem", type=float, default=0.4)
+    parser.add_argument("--engine-gpus", default="", help="as train.py's")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; they come in this order")
+    parser.add_argument("--trials", type=int, default=6, help="rollout: of each load, in turns")
     parser.add_argument("--work", default="outputs/benchmark-engine", help="folder for the model's config and the log")
     parser.add_argument("--shape", choices=SHAPES, default="4b")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     args = parser.parse_args()
-    big = args.shape == "4b"
-    load = Load(64, 4096, 10, 64, 96) if big else Load(8, 64, 3, 8, 12)
     parallel.start()
     start = time.perf_counter()
     model, chat, engine, both = open_both(args)
-    weights = parallel.FullWeights(model, getattr(torch, args.dtype))
-    result: dict[str, Any] = {"shape": args.shape, "ranks": parallel.world_size()}
+    at = SimpleNamespace(args=args, engine=engine, chat=chat, both=both)
+    at.weights = parallel.FullWeights(model, getattr(torch, args.dtype))
+    result: dict[str, Any] = {"shape": args.shape, "ranks": parallel.world_size(), "engine_gpus": args.engine_gpus}
     result["start_seconds"] = time.perf_counter() - start
     if torch.cuda.is_available():
         result["gpu"] = torch.cuda.get_device_name()
-
-    def add(name: str, measured: Any) -> None:
-        result[name] = measured
-        result["seconds"] = time.perf_counter() - start
-        if parallel.is_main():
-            (Path(args.work) / "engine.json").write_text(json.dumps(result, indent=1))  # if it breaks off
-
     try:
-        add("sync", measure_sync(engine, weights))
-        add("drift", measure_drift(engine, weights, both))
-        add("trains", train_a_little(both))
-        add("rollout", measure_rollout(engine, chat, load))
-        add("sleep", measure_sleep(engine, weights))
-        add("death", measure_death(engine))
-        add("trains_on", train_a_little(both))
+        engine.sync(at.weights, 0)
+        for name in args.parts.split(","):
+            result[name] = PARTS[name](at)
+            result["seconds"] = time.perf_counter() - start
+            if parallel.is_main():
+                (Path(args.work) / "engine.json").write_text(json.dumps(result, indent=1))  # if it breaks off
     finally:
         engine.close()
         parallel.stop()

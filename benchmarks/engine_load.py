@@ -22,8 +22,6 @@ from minitau.chat import Chat
 from minitau.engines.sglang import SGLangEngine
 from minitau.episode import Action, Completion, Evaluation, Message, Observation, Opening, Sampling, Stop, Task
 
-TRIALS = 6  # of each, in turns
-
 
 @dataclasses.dataclass(frozen=True)
 class Load:
@@ -82,14 +80,14 @@ class LoadEnv:
         return Evaluation(1.0)
 
 
-def measure_rollout(engine: SGLangEngine, chat: Chat, load: Load) -> dict[str, Any]:
+def measure_rollout(engine: SGLangEngine, chat: Chat, load: Load, trials: int) -> dict[str, Any]:
     """Ours and the bare load, in turns that begin with the one or the other, after a short one each to warm up."""
     engine.stop_ids = []  # so that every reply has its length
     short = dataclasses.replace(load, turns=2)
     play_ours(engine, chat, short, "warm")
     play_bare(engine, short)
     ours, bare, outstanding, idle = [], [], [], []
-    for number in range(TRIALS):
+    for number in range(trials):
         for mine in (True, False) if number % 2 == 0 else (False, True):
             if not mine:
                 bare.append(play_bare(engine, load))
