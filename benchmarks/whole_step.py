@@ -1,0 +1,218 @@
+"""What each part of a GRPO step on tau2-bench takes at a 4B model's shape: policy, customers and trainer on one set of
+GPUs.
+
+    python -m benchmarks.whole_step --ranks 2 --engine-command "python -m sglang.launch_server" --work DIR
+
+makes a random Qwen3-4B, starts serve_user.py on all GPUs, runs `torchrun --nproc_per_node RANKS train.py --stage grpo
+--preset tau2-4b` for a few steps of 16 tasks x 4 attempts, and prints one JSON object: the seconds of each step by part
+and of an episode by whom it waits for, the GPUs' memory during each step, what the conversations were like, and beside
+it what --dry-run computes for such conversations. What follows `--` goes to train.py.
+
+The model knows nothing; what it says is noise of the right length. Its tokenizer is trained on tau2-bench and filled up
+with pairs of its own tokens to the model's vocabulary, so that whatever is sampled is text, and the embedding of the
+token that ends a reply is longer than others (`END`), so that replies end.
+
+`--shape tiny --engine-command "env PYTHONPATH=. python tests/fake_sglang.py" --customers local` runs the same on a CPU,
+to see that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.mfu import SHAPES
+from benchmarks.trainer import random_model
+from minitau import checkpoint, cli, config, plan, tiny
+from minitau.budget import Case
+from minitau.episode import BadInput, Trajectory
+from minitau.log import run_script, whole_lines
+
+TOKENS = 4096  # that the tokenizer learns; the others are pairs of them
+END = 4.5  # times as long as another token's is the embedding of the one that ends a reply: about every 45th at 0.7
+SCHEMAS = tiny.CHAT_TEMPLATE.replace('f.name + "(" + f.parameters.properties | join(", ") + ")"', "tool | tojson")
+
+
+# -- a model that says something -----------------------------------------------------------------------------
+
+
+def make_model(folder: Path, shape: str, domains: tuple[str, ...]) -> None:
+    """Write a random Qwen3 of that shape, whose tokenizer has a text for every token."""
+    cfg = tiny.Tiny(env="tau2", domains=domains, corpus_tasks=3)
+    tokenizer = tiny.write_tokenizer(folder, tiny.world_texts(cfg), min(TOKENS, SHAPES[shape].vocab_size // 2))
+    assert SCHEMAS != tiny.CHAT_TEMPLATE
+    tokenizer.chat_template = SCHEMAS  # as long as a real one makes it
+    tokenizer.save_pretrained(folder)
+    fill(folder / "tokenizer.json", SHAPES[shape].vocab_size)
+    model = random_model(SHAPES[shape])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer.eos_token_id] *= END
+    checkpoint.save_pretrained(folder, model.cfg, model.named_parameters(), torch.bfloat16, folder)
+
+
+def fill(path: Path, size: int) -> None:
+    """Add merges of two words to a tokenizer's file until it has `size` tokens."""
+    row = json.loads(path.read_text())
+    vocab, merges = row["model"]["vocab"], row["model"]["merges"]
+    taken = {*vocab, *(each["content"] for each in row["added_tokens"])}
+    free = iter(range(len(taken), size))
+    words = [word for word in vocab if word.isascii() and word.isalpha() and word.islower()]
+    for first, second in itertools.product(words, repeat=2):
+        if first + second not in taken:
+            number = next(free, None)
+            if number is None:
+                break
+            vocab[first + second] = number
+            merges.append([first, second])
+            taken.add(first + second)
+    assert len(taken) == size, f"{len(words)} words make {len(taken)} tokens only"
+    path.write_text(json.dumps(row))
+
+
+# -- what is run -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def customers(args: argparse.Namespace, model: Path) -> Iterator[str]:
+    """serve_user.py on every GPU; the address of its endpoint."""
+    command = [sys.executable, "serve_user.py", "--model", str(model), "--port", "0", "--engine", args.customers]
+    if args.customers == "sglang":
+        gpus = ",".join(map(str, range(args.ranks)))
+        command += ["--gpus", gpus, "--mem-fraction", str(args.user_mem), "--engine-command", args.engine_command]
+        command += ["--log", f"{args.work}/customers.log"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        for line in process.stdout:
+            if found := re.search(r"TAU2_USER_API_BASE=(\S+)", line):
+                yield found[1]
+                return
+        raise BadInput(f"serve_user.py ended with status {process.wait()}; its last words are above")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def train(args: argparse.Namespace, model: Path, out: Path, address: str, more: list[str]) -> list[dict[str, Any]]:
+    """Run GRPO; the GPUs' memory in use, in GB and by GPU, while each step went on."""
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks)]
+    command = [sys.executable, *ranks, "train.py", *grpo_flags(args, model, out), *more]
+    command += ["--user-model", "openai/minitau-user", "--user-api-base", address]
+    process = subprocess.Popen(command)
+    most: list[dict[str, Any]] = []
+    while process.poll() is None:
+        step = len(whole_lines(out / "metrics.jsonl")) + 1
+        most += [{} for _ in range(step - len(most))]
+        for gpu, used in memory_in_use().items():
+            most[step - 1][gpu] = max(used, most[step - 1].get(gpu, 0.0))
+        time.sleep(0.5)
+    if process.returncode:
+        raise BadInput(f"train.py ended with status {process.returncode}; its last words are above")
+    return most
+
+
+def grpo_flags(args: argparse.Namespace, model: Path, out: Path) -> list[str]:
+    flags = (
+        f"--stage grpo --preset tau2-4b --model {model} --out {out} --steps {args.steps} --max-steps {args.messages}"
+    )
+    flags += f" --tasks-per-step {args.tasks} --group-size 4 --no-dynamic-sampling --no-screen"
+    return [*flags.split(), "--engine-command", args.engine_command]
+
+
+def memory_in_use() -> dict[str, float]:
+    """GB by GPU; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    query = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {gpu: float(mib) * (1 << 20) / 1e9 for gpu, mib in (line.split(",") for line in lines)}
+
+
+# -- what came of it ----------------------------------------------------------------------------------------------
+
+
+def conversations(out: Path) -> dict[str, float]:
+    """Means over all episodes, as --dry-run asks for them."""
+    lines = [line for path in sorted((out / "trajectories").glob("step-*.jsonl")) for line in whole_lines(path)]
+    played = [Trajectory.from_json(json.loads(line)["trajectory"]) for line in lines]
+    played = [t for t in played if t.turns]
+    said, turns = sum(sum(t.said) for t in played), sum(len(t.turns) for t in played)
+    opening = statistics.fmean(t.turns[0].start for t in played)
+    whole = statistics.fmean(len(t.ids) for t in played)
+    return {
+        "episodes": len(lines),
+        "opening_tokens": opening,
+        "turns": turns / len(played),
+        "said_tokens": said / turns,
+        "heard_tokens": ((whole - opening) * len(played) - said) / turns,
+        "tokens": whole,
+    }
+
+
+def computed(
+    args: argparse.Namespace, model: Path, out: Path, told: dict[str, float], more: list[str]
+) -> dict[str, Any]:
+    """Seconds by part, as --dry-run has them for such conversations."""
+    stage, cfg, _ = cli.parse_stage([*grpo_flags(args, model, out), *more])
+    numbers = {name: round(told[name]) for name in ("opening_tokens", "turns", "said_tokens", "heard_tokens")}
+    dry = config.DryRun(
+        gpus=args.ranks, gpu=args.gpu, user_mem=args.user_mem, user_seconds=told["user_seconds"], **numbers
+    )
+    parts = plan.step_parts(Case(stage, cfg, checkpoint.read_config(model), dry))
+    return {part.name: part.amount for part in parts}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine-command", default="")
+    parser.add_argument("--ranks", type=int, default=2, help="GPUs")
+    parser.add_argument("--gpu", default="h200", help="their kind, as --dry-run has it")
+    parser.add_argument("--user-mem", type=float, default=0.2, help="as serve_user.py's --mem-fraction")
+    parser.add_argument("--customers", choices=("sglang", "local"), default="sglang")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--tasks", type=int, default=16, help="of a step, four attempts each")
+    parser.add_argument("--messages", type=int, default=40, help="of a conversation: --max-steps")
+    parser.add_argument("--work", default="outputs/benchmark-whole-step")
+    parser.add_argument("--shape", choices=SHAPES, default="4b")
+    own, more = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    args = parser.parse_args(own)
+    work = Path(args.work).resolve()
+    model, out = work / "model", work / "run"
+    start = time.perf_counter()
+    result: dict[str, Any] = {"shape": args.shape, "ranks": args.ranks, "torch": torch.__version__}
+    if torch.cuda.is_available():
+        result["gpu"] = torch.cuda.get_device_name()
+    if not (model / "config.json").is_file():
+        make_model(model, args.shape, config.ENV_DEFAULTS["tau2"]["domains"])
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    result["model_seconds"] = time.perf_counter() - start
+    with customers(args, model) as address:
+        result["until_customers_seconds"] = time.perf_counter() - start
+        memory = train(args, model, out, address, more)
+    result["seconds"] = time.perf_counter() - start
+    lines = [json.loads(line) for line in whole_lines(out / "metrics.jsonl")]
+    shown = ("seconds", "share", "episode_seconds", "tokens", "tokens_said", "stops", "drift", "sync_drift")
+    result["steps"] = [{name: line.get(name) for name in shown} for line in lines]
+    result["memory_gb"] = memory
+    result["conversations"] = conversations(out)
+    waited = statistics.fmean(line["episode_seconds"]["user"] for line in lines)
+    told = {**result["conversations"], "user_seconds": waited / result["conversations"]["turns"]}
+    result["computed"] = computed(args, model, out, told, more)
+    (work / "whole_step.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script("benchmarks.whole_step", main, sys.argv[1:]))
