@@ -1,4 +1,4 @@
-"""tau2-bench with a scripted customer, `--user-model script`: its lines, its limits, and training without any server."""
+"""tau2-bench with a scripted customer, `--user-model script`: its lines, its limits, and training without a server."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import eval as evaluation
 from minitau import sft, tiny
 from minitau.envs.tau2 import Tau2, scripts
 from minitau.envs.tau2.scripts import Reader, script
-from minitau.episode import Action, Call, Demonstration, Message, Stop, Task, UserError
+from minitau.episode import Action, Call, Demonstration, Message, Stop
 from minitau.log import run_script, whole_lines
 
 DOMAINS = ("airline", "retail", "telecom")
@@ -76,7 +76,8 @@ def test_who_keeps_asking_hears_all_lines_in_their_order(world, scripted):
     for task in (with_changes(world), with_own_calls(world)):
         lines = script(task, "gold")[1]
         shown, left = play(scripted.env(), task, [Action("And then?")] * (len(lines) + 5))
-        assert len(left) == 6 and shown.stop == Stop.USER_STOP and shown.evaluation.reward == 0.0
+        assert len(left) == 6 and shown.stop == Stop.USER_STOP, "the first line was said before the agent spoke"
+        assert task.domain == "telecom" or shown.evaluation.reward == 0.0, "a phone is repaired unasked"
         heard = [shown.opening.messages[-1], *(message for message in shown.messages if message.role == "user")]
         assert len(heard) == len(lines)
         for message, line in zip(heard, lines):
@@ -86,12 +87,9 @@ def test_who_keeps_asking_hears_all_lines_in_their_order(world, scripted):
                 assert message.content == line["content"]
 
 
-def test_the_last_line_never_ends():
-    try:
-        reader = Reader([{"content": "Hi."}, {"content": "###STOP###"}])
-        said = [reader.generate_next_message(Message("assistant", "So?"), None)[0].content for _ in range(4)]
-    except ImportError as error:
-        pytest.skip(str(error))
+def test_the_last_line_never_ends(world):
+    reader = Reader([{"content": "Hi."}, {"content": "###STOP###"}])
+    said = [reader.generate_next_message(Message("assistant", "So?"), None)[0].content for _ in range(4)]
     assert said == ["Hi.", *["###STOP###"] * 3]
 
 
@@ -111,9 +109,12 @@ def test_it_asks_no_model(world, monkeypatch):
 
 
 def test_it_needs_nothing_of_a_models(world):
-    block = "import sys; sys.modules['mcp'] = None\nfrom minitau.envs.tau2 import Tau2\nfrom minitau.episode import Task\n"
-    ask = "print(len(Tau2(user_model='script').env().reset(Task('mock', 'base', 'create_task_1'), '0').messages))"
-    done = shell(block + ask, *PATH)
+    code = (
+        "import sys; sys.modules['mcp'] = None\n"
+        "from minitau.envs.tau2 import Tau2; from minitau.episode import Task\n"
+        "print(len(Tau2(user_model='script').env().reset(Task('mock', 'base', 'create_task_1'), '0').messages))"
+    )
+    done = shell(code, *PATH)
     assert done.stdout.strip() == "2", done.stderr
 
 
@@ -129,14 +130,6 @@ def test_an_episode_has_its_limits(world):
     fails = [Action(calls=(Call("get_order_details", {"order_id": "none"}),))] * 30
     shown, left = play(Tau2(user_model="script").env(), task, fails)
     assert shown.stop == Stop.BAD_CALLS and len(left) == 20
-
-
-def test_one_step_is_too_few_to_begin_with(world):
-    with pytest.raises(UserError, match="before the agent spoke"):
-        scenario = [{"content": "###STOP###"}]
-        from minitau.envs.tau2 import Tau2Env
-
-        Tau2Env(Tau2(user_model="script"), Reader(scenario)).reset(MOCK, "0")
 
 
 # --- its lines are searched for once ---
@@ -164,10 +157,10 @@ def test_an_episode_cannot_change_the_lines_of_the_next(world, scripted):
     assert play(scripted.env(), task, actions)[0] == before
 
 
-# --- the whole pipeline, and no server anywhere ---
+# --- the whole pipeline ---
 
 
-def test_grpo_and_evaluation_need_no_server(base, tmp_path):
+def test_a_step_of_grpo_needs_no_server(base, tmp_path):
     """A random model solves nothing; every episode must still have a verdict."""
     out = tmp_path / "run"
     flags = (
