@@ -63,7 +63,8 @@ class Case:
     @property
     def customers(self) -> bool:
         """Is there a server of customers on a GPU that trains?"""
-        return self.samples and self.cfg.env == "tau2" and self.told.user_mem > 0
+        simulated = self.samples and self.cfg.env == "tau2" and self.cfg.user_model != "script"
+        return simulated and self.told.user_mem > 0
 
     @property
     def limit(self) -> int:

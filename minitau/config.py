@@ -61,7 +61,7 @@ class Episodes:
     )
     user_model: str = setting(
         "openai/Qwen/Qwen3-4B-Instruct-2507",
-        "tau2: the customer's model, as litellm names it",
+        "tau2: the customer's model, as litellm names it; `script` reads out the gold script's lines, and needs none",
         variable="TAU2_USER_MODEL",
     )
     user_api_base: str = setting(
@@ -229,7 +229,9 @@ class Evaluation(Episodes):
     stage: str = setting("", "name of the row in results.json; the agent's name if empty")
     # As published, a local model plays the customer for training, and this one for evaluation.
     user_model: str = setting(
-        "gpt-4.1-mini", "tau2: the customer's model, as litellm names it", variable="TAU2_USER_MODEL"
+        "gpt-4.1-mini",
+        "tau2: the customer's model, as litellm names it; `script` reads out the gold script's lines, and needs none",
+        variable="TAU2_USER_MODEL",
     )
     user_api_base: str = setting(
         "", "tau2: the customer's endpoint, if not the provider's own", variable="TAU2_USER_API_BASE"

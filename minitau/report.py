@@ -99,7 +99,8 @@ def caption(rows: Sequence[dict[str, Any]], n: int) -> str:
     if temperature := common("temperature", models):
         what.append("greedy" if float(temperature) == 0 else f"temperature {float(temperature):g}")
     if customer := common("user_model", models):
-        what.append(f"customer {customer} at temperature {common('user_temperature', models)}")
+        sampled = f" at temperature {common('user_temperature', models)}" if customer != "script" else ""
+        what.append(f"customer {customer}{sampled}")
     how = ["Percent [95% interval by bootstrap over tasks]; a domain's score is the mean over its tasks"]
     if any(r["domain"] == "all" for r in rows):
         how.append("all: the mean over all tasks")

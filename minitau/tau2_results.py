@@ -68,10 +68,11 @@ def results(domain: str, played: Sequence[Trajectory], cfg: config.Evaluation) -
         llm=cfg.model or None,
         llm_args={"temperature": cfg.temperature} if by_policy else None,
     )
+    simulated = by_policy and cfg.user_model != "script"
     user = simulation.UserInfo(
-        implementation="user_simulator" if by_policy else "minitau script",
-        llm=cfg.user_model if by_policy else None,
-        llm_args={"temperature": cfg.user_temperature} if by_policy else None,
+        implementation="user_simulator" if simulated else "minitau script",
+        llm=cfg.user_model if simulated else None,
+        llm_args={"temperature": cfg.user_temperature} if simulated else None,
     )
     return simulation.Results(
         info=simulation.Info(

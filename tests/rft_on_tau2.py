@@ -4,6 +4,7 @@ A tiny random model solves no task of tau2-bench, so RFT would keep nothing. Her
 else (environment, grader, customer behind HTTP, chat, rounds on disk, training) is what train.py uses.
 """
 
+import itertools
 import sys
 import threading
 
@@ -19,7 +20,7 @@ SORRY = Message("assistant", "I am sorry, I cannot help you.")
 
 class Solves:
     """Attempt 0 at a task does what the reference does, without its last call in every second task of a domain;
-    all other attempts refuse at once."""
+    all other attempts refuse at once. Who is not heard out repeats its last words."""
 
     def __init__(self, world, chat):
         self.world, self.chat, self.lock = world, chat, threading.Lock()
@@ -45,7 +46,8 @@ class Solves:
         with self.lock:
             if session not in self.replies:
                 key, _, sample = session.split(":", 3)[3].rpartition(":")  # seed:rft:round:task:sample
-                self.replies[session] = iter(self.plan(Task(*key.split("/", 2)), int(sample)))
+                plan = self.plan(Task(*key.split("/", 2)), int(sample))
+                self.replies[session] = itertools.chain(plan, itertools.repeat(plan[-1]))
             ids = tuple(self.chat.write(next(self.replies[session])))
         return Completion(ids, (-0.5,) * len(ids), "stop", 0)
 

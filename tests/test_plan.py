@@ -199,6 +199,8 @@ def test_the_engines_share_by_hand(round_rates):
     assert "402,069 tokens" in cache.how  # of 147,456 bytes
     with_customers = case("--gpus 1 --gpu h200 --engine-mem 0.5 --kl 0", user_mem=0.25)
     assert cache.amount - budget.engine(with_customers)[1].amount == pytest.approx(H200_BYTES / 8)
+    script = case("--gpus 1 --gpu h200 --engine-mem 0.5 --kl 0 --user-model script", user_mem=0.25)
+    assert budget.engine(script) == budget.engine(alone), "it needs no server"
     own = case("--gpus 2 --gpu h200 --engine-gpus 1 --engine-mem 0.5", user_mem=0.25)
     assert budget.engine(own)[1].amount == pytest.approx(H200_BYTES / 2 - 2 * PARAMETERS)
 

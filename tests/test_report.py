@@ -198,6 +198,8 @@ def test_the_caption_says_what_all_rows_share():
     floor = {**ROW, "stage": "refuse", "model": "", "user_model": ""}
     caption = " ".join(report.table([floor, {**ROW, **paid}]).split("\n\n")[0].split())
     assert "policy m/one, greedy, customer gpt-x at temperature 0.7." in caption
+    free = {"user_model": "script", "user_temperature": None}
+    assert report.table([{**ROW, **free}]).split("\n\n")[0].split("\n")[0].endswith("temperature 1, customer script.")
     caption = report.table([ROW, {**ROW, "model": "m/two"}]).split("\n\n")[0]
     assert "m/" not in caption and "temperature 1" in caption, "two models have no one name"
     assert "policy" not in report.table([floor]) and "pass^" not in report.table([{**ROW, "trials": 1}])

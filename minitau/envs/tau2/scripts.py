@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
+import threading
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +20,10 @@ SCRIPTS = ("gold", "refuse", "transfer")
 
 class Reader:
     """A customer that reads its lines, and says what its own tools showed it. It has the two methods
-    of tau2's user simulator that an episode calls."""
+    of tau2's user simulator that an episode calls. The last line, which ends the conversation, never ends."""
 
-    def __init__(self, lines: list[dict[str, Any]]):
-        self._lines = iter(lines)
+    def __init__(self, lines: Sequence[dict[str, Any]]):
+        self._lines = itertools.chain(lines, itertools.repeat(lines[-1]))
 
     def get_init_state(self, heard: list[Any]) -> Any:
         return SimpleNamespace(messages=heard)
@@ -27,7 +32,7 @@ class Reader:
         if heard.role == "tool":
             said = {"content": f"I did that. It says: {heard.tool_messages[0].content}"}
         else:
-            said = next(self._lines)
+            said = copy.deepcopy(next(self._lines))  # episodes share lines, and may change their messages
         return load().message.UserMessage(role="user", **said), state
 
 
@@ -48,3 +53,17 @@ def script(task: Task, agent: str) -> tuple[list[Action], list[dict[str, Any]]]:
 
     actions, answers = gold(task, plea)
     return actions, [*lines, *answers]
+
+
+def gold_lines(task: Task) -> Sequence[dict[str, Any]]:
+    """What the gold script's customer says. Shared by all who ask: nobody changes it. Raises BadInput."""
+    with _searching:
+        return _gold_lines(task)
+
+
+_searching = threading.Lock()  # of a group's episodes, which start together, one searches and the others wait
+
+
+@functools.cache
+def _gold_lines(task: Task) -> Sequence[dict[str, Any]]:
+    return tuple(script(task, "gold")[1])

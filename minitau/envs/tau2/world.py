@@ -17,7 +17,7 @@ from minitau import episode
 from minitau.envs.tau2.customer import Customer, certificates, how_it_ends, without_price
 from minitau.envs.tau2.domain import find, open_domain, start
 from minitau.envs.tau2.install import check_tools, line, load
-from minitau.envs.tau2.scripts import Reader, script
+from minitau.envs.tau2.scripts import Reader, gold_lines, script
 from minitau.episode import Action, BadInput, Call, Check, EnvError, Message, Observation, Stop, Task, UserError
 
 # tau2's grader scores these ends, and gives 0 to any other.
@@ -31,13 +31,14 @@ HUGE_POWER = re.compile(r"\*\*.*\*\*|\*\*(?!\s*\d{1,2}(?!\d))", re.DOTALL)
 class Tau2:
     """The World of tau2-bench: domains airline, retail, telecom and mock.
 
-    user_model        what plays the customer, as litellm names it ("openai/my-model", "gpt-4.1");
-                      needed for `env`, not for `tasks` and `demonstrate`
+    user_model        what plays the customer, as litellm names it ("openai/my-model", "gpt-4.1"), or "script":
+                      no model, but the customer of the gold script; needed for `env`, not for `tasks` and
+                      `demonstrate`
     user_api_base     an OpenAI-compatible endpoint, if it is not the provider's own
     user_temperature  of the customer: keep it the same in runs that are compared
     user_timeout      seconds one request may take
     user_retries      how often a failed request is made again, after growing pauses
-    max_steps         of an episode, as tau2's orchestrator counts them; scripts have no limit
+    max_steps         of an episode, as tau2's orchestrator counts them; `demonstrate` has no limit
     max_user_calls    calls of its own tools the customer may make before it speaks (telecom)
     max_tool_chars    cut what the agent reads of a tool's output; the grader always gets all of it
     policies          domain -> text that replaces its policy, inside tau2's own instructions
@@ -60,7 +61,7 @@ class Tau2:
         policies: Mapping[str, str] | None = None,
     ):
         load()  # slow, and better here, once, than in the first episode of every thread
-        if user_model:
+        if user_model and user_model != "script":
             check_tools()
             certificates()
             without_price(user_model)
@@ -95,6 +96,14 @@ class Tau2:
             raise BadInput("Tau2 needs a user_model: the model that plays the customer")
         return Tau2Env(self)
 
+    def player(self, task: Task, seed: str) -> Any:
+        """Who plays the customer in an episode of `task`: tau2's simulator, or what has its two methods."""
+        if self.user_model == "script":
+            return Reader(gold_lines(task))
+        args = {**self.user_args, "seed": zlib.crc32(seed.encode()) & 0x7FFFFFFF}
+        scenario, tools = str(find(task).user_scenario), open_domain(task.domain).user_tools
+        return load().simulator.UserSimulator(tools, scenario, self.user_model, args)
+
     def demonstrate(self, task: Task, agent: str, seed: str) -> episode.Demonstration:
         """Play `task` with a script, through the same Env and grader but without any model.
 
@@ -106,7 +115,7 @@ class Tau2:
         so `seed` changes nothing. Raises BadInput on another agent or an unknown task; EnvError.
         """
         actions, lines = script(task, agent)
-        env = Tau2Env(self, Reader(lines))
+        env = Tau2Env(self, Reader(lines), limited=False)
         opening, messages, stop = env.reset(task, seed), [], None
         for action in actions:
             seen = env.step(action)
@@ -116,15 +125,16 @@ class Tau2:
 
 
 class Tau2Env:
-    """One episode: an Env. `player` takes the simulator's place in demonstrations."""
+    """One episode: an Env. `player` takes the place of the world's own; demonstrations are not `limited`."""
 
-    def __init__(self, world: Tau2, player: Reader | None = None):
-        self._world, self._player = world, player
+    def __init__(self, world: Tau2, player: Reader | None = None, limited: bool = True):
+        self._world, self._player, self._limited = world, player, limited
         self._record: list[Any] = []  # tau2's own messages, whole and raw, as the grader replays them
 
     def reset(self, task: Task, seed: str) -> episode.Opening:
         """Start `task`. Raises UserError, EnvError; BadInput if there is no such task."""
-        tau2, domain, spec = load(), open_domain(task.domain), find(task)
+        tau2, world, domain = load(), self._world, open_domain(task.domain)
+        find(task)  # here, where no such task is the caller's error
         self._task = task
         try:
             self._environment, history = start(task)
@@ -133,11 +143,7 @@ class Tau2Env:
             self._before = len(self._record)
             if said.role != "assistant" or said.is_tool_call():
                 raise ValueError("its history does not end with the agent's words")
-            player, world = self._player, self._world
-            if player is None:
-                args = {**world.user_args, "seed": zlib.crc32(seed.encode()) & 0x7FFFFFFF}
-                scenario = str(spec.user_scenario)
-                player = tau2.simulator.UserSimulator(domain.user_tools, scenario, world.user_model, args)
+            player = self._player or world.player(task, seed)
             heard = [message for message in before if tau2.user.is_valid_user_history_message(message)]
             self._customer = Customer(player, heard, name=str(world.user_model), retries=world.user_retries)
         except Exception as error:
@@ -261,7 +267,7 @@ class Tau2Env:
     def _over(self) -> Stop | None:
         """How tau2's orchestrator would end the episode here, if it would. It counts every message, results that come
         together as one, and failed calls, of both sides."""
-        if self._player:
+        if not self._limited:
             return None
         new = list(itertools.pairwise(self._record[self._before - 1 :]))
         if sum(message.role == "tool" and message.error for _, message in new) >= MAX_ERRORS:
