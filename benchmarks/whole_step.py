@@ -41,7 +41,7 @@ from minitau.episode import BadInput, Trajectory
 from minitau.log import run_script, whole_lines
 
 TOKENS = 4096  # that the tokenizer learns; the others are pairs of them
-END = 4.5  # times as long as another token's is the embedding of the one that ends a reply: about every 45th at 0.7
+END = 6.0  # times as long as another token's is the embedding of the one that ends a reply: about every 50th at 0.7
 SCHEMAS = tiny.CHAT_TEMPLATE.replace('f.name + "(" + f.parameters.properties | join(", ") + ")"', "tool | tojson")
 
 
