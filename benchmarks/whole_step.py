@@ -3,7 +3,7 @@ GPUs.
 
     python -m benchmarks.whole_step --ranks 2 --engine-command "python -m sglang.launch_server" --work DIR
 
-makes a random Qwen3-4B, starts serve_user.py on all GPUs, runs `torchrun --nproc_per_node RANKS train.py --stage grpo
+makes a random Qwen3-4B, starts serve_user.py on them, runs `torchrun --nproc_per_node RANKS train.py --stage grpo
 --preset tau2-4b` for a few steps of 16 tasks x 4 attempts, and prints one JSON object: the seconds of each step by part
 and of an episode by whom it waits for, the GPUs' memory during each step, what the conversations were like, and beside
 it what --dry-run computes for such conversations. What follows `--` goes to train.py.
@@ -86,10 +86,10 @@ def fill(path: Path, size: int) -> None:
 
 @contextmanager
 def customers(args: argparse.Namespace, model: Path) -> Iterator[str]:
-    """serve_user.py on every GPU; the address of its endpoint."""
+    """serve_user.py on the GPUs; the address of its endpoint."""
     command = [sys.executable, "serve_user.py", "--model", str(model), "--port", "0", "--engine", args.customers]
     if args.customers == "sglang":
-        gpus = ",".join(map(str, range(args.ranks)))
+        gpus = args.customer_gpus or ",".join(map(str, range(args.ranks)))
         command += ["--gpus", gpus, "--mem-fraction", str(args.user_mem), "--engine-command", args.engine_command]
         command += ["--log", f"{args.work}/customers.log"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -179,6 +179,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="GPUs")
     parser.add_argument("--gpu", default="h200", help="their kind, as --dry-run has it")
     parser.add_argument("--user-mem", type=float, default=0.2, help="as serve_user.py's --mem-fraction")
+    parser.add_argument("--customer-gpus", default="", help="as serve_user.py's --gpus; all of them if empty")
     parser.add_argument("--customers", choices=("sglang", "local"), default="sglang")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=16, help="of a step, four attempts each")
