@@ -46,7 +46,7 @@ import torch
 
 from benchmarks.engine_load import Load, measure_rollout
 from benchmarks.mfu import SHAPES
-from minitau import batch, checkpoint, config, parallel, probe, rollout, tiny
+from minitau import batch, checkpoint, config, parallel, probe, rollout, run, tiny
 from minitau.chat import Chat, load_chat
 from minitau.engines import handover
 from minitau.engines.launch import open_sglang
@@ -82,7 +82,6 @@ def open_both(args: argparse.Namespace) -> tuple[Qwen3, Chat, SGLangEngine, Simp
     if args.shape == "tiny" and parallel.is_main():  # the stand-in starts from a file
         checkpoint.save_pretrained(folder, shape, model.named_parameters(), torch.float32, folder)
     parallel.barrier()  # the files are there
-    parallel.shard(model, model.model.layers, getattr(torch, args.dtype))
     cfg = config.GRPO(
         model=str(folder),
         out=args.work,
@@ -95,9 +94,10 @@ def open_both(args: argparse.Namespace) -> tuple[Qwen3, Chat, SGLangEngine, Simp
         max_tokens=16_384,
         concurrency=64,
     )
+    run.spread(model, cfg)
     chat = load_chat(folder, "native")
-    run = SimpleNamespace(model=model, chat=chat)  # what minitau.probe takes of a run
-    return model, chat, open_sglang(cfg, chat.stop_ids, takes_weights=True), SimpleNamespace(run=run, cfg=cfg)
+    probed = SimpleNamespace(model=model, chat=chat)  # what minitau.probe takes of a run
+    return model, chat, open_sglang(cfg, chat.stop_ids, takes_weights=True), SimpleNamespace(run=probed, cfg=cfg)
 
 
 # -- weights -----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -137,8 +138,8 @@ def measure_steps(
 
 def kernel_times(opened: SimpleNamespace, cfg: config.SFT, lengths: list[int]) -> dict[str, Any]:
     """Milliseconds of one step on the GPU: in which at least one kernel ran, by kind of kernel, by stream, and of the
-    longest kernels by name and by what asked for them. Kernels of several streams run at once, so their sum may be more
-    than the step."""
+    longest kernels by name and by what asked for them; and the longest times in which none ran, by the kernels around
+    them. Kernels of several streams run at once, so their sum may be more than the step."""
     mb = micro_batch(opened.model.cfg, lengths)
     synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -150,17 +151,18 @@ def kernel_times(opened: SimpleNamespace, cfg: config.SFT, lengths: list[int]) -
     streams: dict[str, float] = defaultdict(float)
     spans = []
     for event in profiler.profiler.kineto_results.events():
-        if event.device_type() != torch.autograd.DeviceType.CUDA:
+        if event.device_type() != torch.autograd.DeviceType.CUDA or event.name().startswith(RANGES):
             continue
         spent = event.duration_ns() / 1e6
         kinds[kind_of(event.name())] += spent
         names[event.name()[:90]] += spent
         streams[f"stream {event.device_resource_id()}, {kind_of(event.name())}"] += spent
-        spans.append((event.start_ns() / 1e6, event.start_ns() / 1e6 + spent))
+        spans.append((event.start_ns() / 1e6, event.start_ns() / 1e6 + spent, event.name()[:60]))
     asked = [each for each in profiler.key_averages() if each.device_type == torch.autograd.DeviceType.CPU]
     asked.sort(key=lambda each: -each.self_device_time_total)
     return {
-        "busy": busy_seconds(spans),
+        "busy": busy_seconds([span[:2] for span in spans]),
+        "longest_gaps": gaps(spans)[:12],
         "by_kind": dict(kinds),
         "by_stream_and_kind": dict(streams),
         "longest": dict(sorted(names.items(), key=lambda pair: -pair[1])[:25]),
@@ -168,6 +170,18 @@ def kernel_times(opened: SimpleNamespace, cfg: config.SFT, lengths: list[int]) -
     }
 
 
+def gaps(spans: list[tuple[float, float, str]]) -> list[tuple[float, str, str]]:
+    """The times between spans, the longest first: how long, what ended before it, and what came next."""
+    found, until, last = [], math.inf, ""
+    for start, end, name in sorted(spans):
+        if start > until:
+            found.append((start - until, last, name))
+        if end > until or math.isinf(until):
+            until, last = end, name
+    return sorted(found, reverse=True)
+
+
+RANGES = ("FSDP::", "Optimizer.", "nccl:", "## Call", "Torch-Compiled")  # no kernels, but what torch was doing
 KINDS = {
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
     "attention": ("flash", "attn"),

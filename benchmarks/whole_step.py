@@ -6,7 +6,8 @@ GPUs.
 makes a random Qwen3-4B, starts serve_user.py on them, runs `torchrun --nproc_per_node RANKS train.py --stage grpo
 --preset tau2-4b` for a few steps of 16 tasks x 4 attempts, and prints one JSON object: the seconds of each step by part
 and of an episode by whom it waits for, the GPUs' memory during each step, what the conversations were like, and beside
-it what --dry-run computes for such conversations. What follows `--` goes to train.py.
+it what --dry-run computes for such conversations. What follows `--` goes to train.py. After the last step that was
+asked for the run is interrupted: what a checkpoint takes is measured by benchmarks/checkpoints.py.
 
 The model knows nothing; what it says is noise of the right length. Its tokenizer is trained on tau2-bench and filled up
 with pairs of its own tokens to the model's vocabulary, so that whatever is sampled is text, and the embedding of the
@@ -22,6 +23,7 @@ import argparse
 import itertools
 import json
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -86,7 +88,10 @@ def fill(path: Path, size: int) -> None:
 
 @contextmanager
 def customers(args: argparse.Namespace, model: Path) -> Iterator[str]:
-    """serve_user.py on the GPUs; the address of its endpoint."""
+    """serve_user.py on the GPUs, unless it runs already; the address of its endpoint."""
+    if args.user_api_base:
+        yield args.user_api_base
+        return
     command = [sys.executable, "serve_user.py", "--model", str(model), "--port", "0", "--engine", args.customers]
     if args.customers == "sglang":
         gpus = args.customer_gpus or ",".join(map(str, range(args.ranks)))
@@ -111,22 +116,26 @@ def train(args: argparse.Namespace, model: Path, out: Path, address: str, more: 
     command += ["--user-model", "openai/minitau-user", "--user-api-base", address]
     process = subprocess.Popen(command)
     most: list[dict[str, Any]] = []
+    step = 1
     while process.poll() is None:
         step = len(whole_lines(out / "metrics.jsonl")) + 1
         most += [{} for _ in range(step - len(most))]
         for gpu, used in memory_in_use().items():
             most[step - 1][gpu] = max(used, most[step - 1].get(gpu, 0.0))
+        if step > args.steps:
+            process.send_signal(signal.SIGINT)
+            process.wait()
         time.sleep(0.5)
-    if process.returncode:
+    if step <= args.steps:
         raise BadInput(f"train.py ended with status {process.returncode}; its last words are above")
-    return most
+    return most[: args.steps]
 
 
 def grpo_flags(args: argparse.Namespace, model: Path, out: Path) -> list[str]:
-    flags = (
-        f"--stage grpo --preset tau2-4b --model {model} --out {out} --steps {args.steps} --max-steps {args.messages}"
+    flags = f"--stage grpo --preset tau2-4b --model {model} --out {out} --steps {args.steps + 1}"
+    flags += (
+        f" --max-steps {args.messages} --tasks-per-step {args.tasks} --group-size 4 --no-dynamic-sampling --no-screen"
     )
-    flags += f" --tasks-per-step {args.tasks} --group-size 4 --no-dynamic-sampling --no-screen"
     return [*flags.split(), "--engine-command", args.engine_command]
 
 
@@ -180,6 +189,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--gpu", default="h200", help="their kind, as --dry-run has it")
     parser.add_argument("--user-mem", type=float, default=0.2, help="as serve_user.py's --mem-fraction")
     parser.add_argument("--customer-gpus", default="", help="as serve_user.py's --gpus; all of them if empty")
+    parser.add_argument("--user-api-base", default="", help="of customers who are served already")
     parser.add_argument("--customers", choices=("sglang", "local"), default="sglang")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=16, help="of a step, four attempts each")
