@@ -25,15 +25,15 @@ class Gpu(NamedTuple):
 GPUS = {"h100": Gpu("H100 80GB", 81_559 << 20, 3.35e12), "h200": Gpu("H200", 143_771 << 20, 4.8e12)}
 PEAK_FLOPS = 989e12  # dense bf16 of either, datasheet
 # Measured, each on H200s with random weights of the 4B shape:
-MFU_KEPT = 0.513  # benchmarks/trainer.py --parts speed, one GPU, 16k tokens, nothing recomputed; AdamW is in it
-MFU_RECOMPUTED = 0.411  # the same, every block recomputed
+MFU_KEPT = 0.517  # benchmarks/trainer.py --parts speed, one GPU, 16k tokens, nothing recomputed; AdamW is in it
+MFU_RECOMPUTED = 0.412  # the same, every block recomputed
 DECODE = 0.98  # part of the bandwidth at which SGLang 0.5.16 reads weights and cache: 5.7k tokens/s, 64 at once of 4.7k
 PREFILL = 0.47  # part of the peak: 58k tokens/s, same server (with decoding: 4.7k output tokens/s at 512 in, 256 out)
-SYNC = 8.04e9 / 0.075  # bytes/s to a server: benchmarks/engine.py, one GPU
-GATHER = 8.04e9 / 0.21  # bytes/s, weights of FSDP2 shards made whole, two GPUs
+SYNC = 8.04e9 / 0.067  # bytes/s to a server: benchmarks/engine.py, one GPU
+GATHER = 4.02e9 / 0.012  # bytes/s that a GPU gets of others' FSDP2 shards: the same, two GPUs with NVLink
+SEVERAL = 0.95  # of one GPU's speed where FSDP2 moves weights and gradients: benchmarks/trainer.py, two GPUs
+DISK = 0.84e9  # bytes/s of a checkpoint, all ranks together: benchmarks/checkpoints.py, one machine's disk
 # Not measured yet:
-SEVERAL = 0.92  # of one GPU's speed where FSDP2 moves weights and gradients between several
-DISK = 1e9  # bytes/s of a checkpoint, all ranks together
 RESERVED = 0.6e9  # bytes of a GPU that its driver keeps
 CONTEXT = 0.5e9  # of each process that uses a GPU
 BESIDE = 2e9  # of a server of SGLang: CUDA graphs and workspace, which --engine-mem does not count

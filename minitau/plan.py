@@ -105,7 +105,8 @@ def sync(case: Case) -> Part:
     size = HALF * memory.parameters(case.shape)
     seconds, how = size / pace.SYNC, f"{gb(size)} / {gb(pace.SYNC)}/s to the server"
     if case.ranks > 1:
-        seconds, how = seconds + size / pace.GATHER, f"{how}, and / {gb(pace.GATHER)}/s to gather the shards"
+        theirs = size * (case.ranks - 1) / case.ranks
+        seconds, how = seconds + theirs / pace.GATHER, f"{how}, and {gb(theirs)} / {gb(pace.GATHER)}/s to gather shards"
     return Part("weight sync", seconds, how)
 
 
