@@ -245,7 +245,7 @@ def readme_commands():
     lines = [line for block in blocks for line in block.splitlines()]
     lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
     for command in (part for line in lines for part in re.split(r" && | & | &$", line)):
-        if found := re.match(r"(?:python (?:-m )?|torchrun --nproc_per_node \S+ )(\S+)(.*)", command):
+        if found := re.match(r"(?:python (?:-m )?|torchrun --nproc_per_node \S+ (?:-m )?)(\S+)(.*)", command):
             name, words = found[1], shlex.split(found[2], comments=True)
             yield f"{name} --check" if "--check" in words else name, [word for word in words if word != "..."]
 
@@ -262,7 +262,9 @@ def test_every_command_in_the_readme_has_flags_that_exist():
             SCRIPTS[script](words)
 
 
-@pytest.mark.parametrize("name", ["engine", "peers", "tau2_concurrent", "tau2_faithful", "trainer"])
+@pytest.mark.parametrize(
+    "name", ["checkpoints", "engine", "peers", "tau2_concurrent", "tau2_faithful", "trainer", "whole_step"]
+)
 def test_a_benchmark_starts_as_the_readme_says(name):
     """From the repository's root, with nothing of ours installed."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
