@@ -169,7 +169,7 @@ def row(cfg: config.Evaluation, agent: str, domain: str, played: list[Trajectory
         "temperature": cfg.temperature,
         "seed": cfg.seed,
         "user_model": customer,
-        "user_temperature": cfg.user_temperature if customer not in ("", "script") else None,
+        "user_temperature": cfg.user_temperature if customer not in ("", config.SCRIPTED) else None,
     }
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import train
-from benchmarks.mfu import SHAPES
+from benchmarks.mfu import SHAPES, where
 from benchmarks.trainer import free_everything, micro_batch, open_run, peak_gb, synchronize
 from minitau import checkpoint, config, parallel, run, tiny
 
@@ -109,9 +109,7 @@ def main() -> None:
         mb = micro_batch(opened.model.cfg, [64])
         run.update(opened, cfg, [mb], lambda mb: train.sft_loss(opened.model, mb, cfg.dtype), 1e-3)
         free_everything()
-        result = {"shape": args.shape, "torch": torch.__version__, "ranks": parallel.world_size()}
-        if torch.cuda.is_available():
-            result["gpu"] = torch.cuda.get_device_name()
+        result = {"shape": args.shape, **where()}
         result |= read(opened, folder) if args.read else write(opened, cfg, folder)
         result["peak_gb"] = peak_gb()
     finally:

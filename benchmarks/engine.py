@@ -45,7 +45,7 @@ from unittest import mock
 import torch
 
 from benchmarks.engine_load import Load, measure_rollout
-from benchmarks.mfu import SHAPES
+from benchmarks.mfu import SHAPES, among, where
 from minitau import batch, checkpoint, config, parallel, probe, rollout, run, tiny
 from minitau.chat import Chat, load_chat
 from minitau.engines import handover
@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument("--engine-command", default="")
     parser.add_argument("--engine-mem", type=float, default=0.4)
     parser.add_argument("--engine-gpus", default="", help="as train.py's")
-    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; they come in this order")
+    parser.add_argument("--parts", type=among(PARTS), default=list(PARTS), help="comma-separated, in the order wanted")
     parser.add_argument("--trials", type=int, default=6, help="rollout: of each load, in turns")
     parser.add_argument("--work", default="outputs/benchmark-engine", help="folder for the model's config and the log")
     parser.add_argument("--shape", choices=SHAPES, default="4b")
@@ -327,13 +327,11 @@ def main() -> None:
     model, chat, engine, both = open_both(args)
     at = SimpleNamespace(args=args, engine=engine, chat=chat, both=both)
     at.weights = parallel.FullWeights(model, getattr(torch, args.dtype))
-    result: dict[str, Any] = {"shape": args.shape, "ranks": parallel.world_size(), "engine_gpus": args.engine_gpus}
+    result: dict[str, Any] = {"shape": args.shape, "engine_gpus": args.engine_gpus, **where()}
     result["start_seconds"] = time.perf_counter() - start
-    if torch.cuda.is_available():
-        result["gpu"] = torch.cuda.get_device_name()
     try:
         engine.sync(at.weights, 0)
-        for name in args.parts.split(","):
+        for name in args.parts:
             result[name] = PARTS[name](at)
             result["seconds"] = time.perf_counter() - start
             if parallel.is_main():

@@ -1,14 +1,35 @@
-"""What the benchmarks at a 4B model's shape share: the shapes, the packed lengths, and model FLOPs utilisation."""
+"""What the benchmarks at a 4B model's shape share: the shapes, the packed lengths, model FLOPs utilisation, where they
+run, and which of their parts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Iterable, Sequence
 
-from minitau import pace
+import torch
+
+from minitau import pace, parallel
 from minitau.model import ModelConfig
 
 SHAPES = {"4b": ModelConfig(), "tiny": ModelConfig(2048, 64, 128, 2, 2, 1, 32)}
 LENGTHS = (8192, 4096, 2048, 1024, 512, 256, 128, 64, 64)  # 16,384 tokens: one micro-batch
+
+
+def where() -> dict[str, str | int]:
+    """What a figure depends on: the ranks, torch, and the GPU if there is one."""
+    found: dict[str, str | int] = {"ranks": parallel.world_size(), "torch": torch.__version__}
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def among(parts: Iterable[str]) -> Callable[[str], list[str]]:
+    """For argparse: names of `parts`, separated by commas."""
+
+    def read(text: str) -> list[str]:
+        if unknown := [name for name in text.split(",") if name not in parts]:
+            raise argparse.ArgumentTypeError(f"there is no {unknown[0]!r}; there are {', '.join(parts)}")
+        return text.split(",")
+
+    return read
 
 
 def mfu(shape: ModelConfig, lengths: Sequence[int], seconds: float) -> float:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 import train
 from benchmarks.engine_load import busy_seconds
-from benchmarks.mfu import LENGTHS, SHAPES, mfu
+from benchmarks.mfu import LENGTHS, SHAPES, among, mfu, where
 from minitau import attention, batch, config, memory, parallel, run
 from minitau.head import HeadLogprobs
 from minitau.model import ModelConfig, Qwen3, init_weights
@@ -350,7 +350,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument("--parts", type=among(PARTS), default=list(PARTS), help="comma-separated")
     parser.add_argument("--shape", choices=SHAPES, default="4b")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each setting")
@@ -359,11 +359,11 @@ def main() -> None:
     parser.add_argument("--out", default="", help="file for the JSON, written after each part")
     args = parser.parse_args()
     parallel.start()
-    result: dict[str, Any] = {"shape": args.shape, "torch": torch.__version__, "ranks": parallel.world_size()}
+    result: dict[str, Any] = {"shape": args.shape, **where()}
     if torch.cuda.is_available():
-        result |= {"gpu": torch.cuda.get_device_name(), "attention": attention.kernel().__name__}
+        result["attention"] = attention.kernel().__name__
     try:
-        for part in args.parts.split(","):
+        for part in args.parts:
             result[part] = PARTS[part](args)
             free_everything()
             if args.out and parallel.is_main():

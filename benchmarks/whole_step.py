@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.mfu import SHAPES
+from benchmarks.mfu import SHAPES, where
 from benchmarks.trainer import random_model
 from minitau import checkpoint, cli, config, plan, tiny
 from minitau.budget import Case
@@ -43,7 +43,7 @@ from minitau.episode import BadInput, Trajectory
 from minitau.log import run_script, whole_lines
 
 TOKENS = 4096  # that the tokenizer learns; the others are pairs of them
-END = 6.0  # times as long as another token's is the embedding of the one that ends a reply: about every 50th at 0.7
+END = 6.0  # times as long as another token's is the embedding of the one that ends a reply: after 90 at 4B, on average
 SCHEMAS = tiny.CHAT_TEMPLATE.replace('f.name + "(" + f.parameters.properties | join(", ") + ")"', "tool | tojson")
 
 
@@ -201,9 +201,7 @@ def main(argv: list[str]) -> None:
     work = Path(args.work).resolve()
     model, out = work / "model", work / "run"
     start = time.perf_counter()
-    result: dict[str, Any] = {"shape": args.shape, "ranks": args.ranks, "torch": torch.__version__}
-    if torch.cuda.is_available():
-        result["gpu"] = torch.cuda.get_device_name()
+    result: dict[str, Any] = {"shape": args.shape, **where(), "ranks": args.ranks}
     if not (model / "config.json").is_file():
         make_model(model, args.shape, config.ENV_DEFAULTS["tau2"]["domains"])
         if torch.cuda.is_available():

@@ -63,7 +63,7 @@ class Case:
     @property
     def customers(self) -> bool:
         """Is there a server of customers on a GPU that trains?"""
-        simulated = self.samples and self.cfg.env == "tau2" and self.cfg.user_model != "script"
+        simulated = self.samples and self.cfg.env == "tau2" and self.cfg.user_model != config.SCRIPTED
         return simulated and self.told.user_mem > 0
 
     @property

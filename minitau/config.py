@@ -18,6 +18,9 @@ def setting(default: Any, help: str, choices: tuple[Any, ...] | None = None, var
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "variable": variable})
 
 
+SCRIPTED = "script"  # the user_model that is none, as envs/tau2/world.py has it, which knows no settings
+
+
 @dataclass(frozen=True, kw_only=True)
 class Episodes:
     """Where episodes happen and how the agent samples: shared by RFT, GRPO and evaluation."""

@@ -16,6 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from minitau.config import SCRIPTED
 from minitau.episode import BadInput, Check, Message, Stop, Trajectory
 from minitau.log import whole_lines
 
@@ -99,7 +100,7 @@ def caption(rows: Sequence[dict[str, Any]], n: int) -> str:
     if temperature := common("temperature", models):
         what.append("greedy" if float(temperature) == 0 else f"temperature {float(temperature):g}")
     if customer := common("user_model", models):
-        sampled = f" at temperature {common('user_temperature', models)}" if customer != "script" else ""
+        sampled = f" at temperature {common('user_temperature', models)}" if customer != SCRIPTED else ""
         what.append(f"customer {customer}{sampled}")
     how = ["Percent [95% interval by bootstrap over tasks]; a domain's score is the mean over its tasks"]
     if any(r["domain"] == "all" for r in rows):

@@ -68,7 +68,7 @@ def results(domain: str, played: Sequence[Trajectory], cfg: config.Evaluation) -
         llm=cfg.model or None,
         llm_args={"temperature": cfg.temperature} if by_policy else None,
     )
-    simulated = by_policy and cfg.user_model != "script"
+    simulated = by_policy and cfg.user_model != config.SCRIPTED
     user = simulation.UserInfo(
         implementation="user_simulator" if simulated else "minitau script",
         llm=cfg.user_model if simulated else None,

@@ -1,12 +1,13 @@
-"""What a training step is worth in FLOPs, against counts made another way."""
+"""What a training step is worth in FLOPs, against counts made another way; and what the benchmarks share beside it."""
 
+import argparse
 from itertools import repeat
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import mfu
+from benchmarks import mfu, trainer
 from minitau import pace
 from minitau.model import Qwen3
 
@@ -36,3 +37,15 @@ def test_packed_sequences_do_not_look_at_each_other():
     one, four = pace.flops(shape, [4096], 4096), pace.flops(shape, [1024] * 4, 4096)
     assert one - four == 6 * 36 * 32 * 128 * (4096**2 - 4 * 1024**2)
     assert mfu.mfu(shape, [4096], 2.0) == pytest.approx(one / 2 / 989e12)
+
+
+def test_gaps_are_the_times_in_which_no_kernel_ran():
+    spans = [(10.0, 12.0, "c"), (0.0, 4.0, "a"), (1.0, 2.0, "b"), (4.0, 5.0, "d"), (12.5, 13.0, "e")]
+    assert trainer.gaps(spans) == [(5.0, "d", "c"), (0.5, "c", "e")]
+
+
+def test_unknown_parts_of_a_benchmark_are_named():
+    read = mfu.among(("sync", "drift"))
+    assert read("drift,sync") == ["drift", "sync"]
+    with pytest.raises(argparse.ArgumentTypeError, match="there is no 'drifts'; there are sync, drift"):
+        read("sync,drifts")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ SCRIPTS = ("gold", "refuse", "transfer")
 
 class Reader:
     """A customer that reads its lines, and says what its own tools showed it. It has the two methods
-    of tau2's user simulator that an episode calls. The last line, which ends the conversation, never ends."""
+    of tau2's user simulator that an episode calls. It repeats its last line, which ends the conversation."""
 
     def __init__(self, lines: Sequence[dict[str, Any]]):
         self._lines = itertools.chain(lines, itertools.repeat(lines[-1]))
@@ -55,15 +54,7 @@ def script(task: Task, agent: str) -> tuple[list[Action], list[dict[str, Any]]]:
     return actions, [*lines, *answers]
 
 
+@functools.cache
 def gold_lines(task: Task) -> Sequence[dict[str, Any]]:
     """What the gold script's customer says. Shared by all who ask: nobody changes it. Raises BadInput."""
-    with _searching:
-        return _gold_lines(task)
-
-
-_searching = threading.Lock()  # of a group's episodes, which start together, one searches and the others wait
-
-
-@functools.cache
-def _gold_lines(task: Task) -> Sequence[dict[str, Any]]:
     return tuple(script(task, "gold")[1])

@@ -20,6 +20,7 @@ from minitau.envs.tau2.install import check_tools, line, load
 from minitau.envs.tau2.scripts import Reader, gold_lines, script
 from minitau.episode import Action, BadInput, Call, Check, EnvError, Message, Observation, Stop, Task, UserError
 
+SCRIPTED = "script"  # the user_model that is none: the gold script's customer
 # tau2's grader scores these ends, and gives 0 to any other.
 ENDS = {Stop.USER_STOP: "user_stop", Stop.TRANSFER: "user_stop", Stop.AGENT_STOP: "agent_stop"}
 MAX_ERRORS = 10  # failed calls of both sides that end an episode, as tau2 has it
@@ -61,7 +62,7 @@ class Tau2:
         policies: Mapping[str, str] | None = None,
     ):
         load()  # slow, and better here, once, than in the first episode of every thread
-        if user_model and user_model != "script":
+        if user_model and user_model != SCRIPTED:
             check_tools()
             certificates()
             without_price(user_model)
@@ -98,7 +99,7 @@ class Tau2:
 
     def player(self, task: Task, seed: str) -> Any:
         """Who plays the customer in an episode of `task`: tau2's simulator, or what has its two methods."""
-        if self.user_model == "script":
+        if self.user_model == SCRIPTED:
             return Reader(gold_lines(task))
         args = {**self.user_args, "seed": zlib.crc32(seed.encode()) & 0x7FFFFFFF}
         scenario, tools = str(find(task).user_scenario), open_domain(task.domain).user_tools
