@@ -53,7 +53,17 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * (x32 * scale)).to(x.dtype)
+        return (self.weight.to(x.dtype) * (x32 * scale)).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """x @ weight.T without bias, in x's dtype: a master weight in fp32 is rounded as it is used."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -76,10 +86,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = cfg.head_dim
         q_size, kv_size = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
-        self.q_proj = nn.Linear(cfg.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(cfg.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(cfg.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, cfg.hidden_size, bias=False)
+        self.q_proj = Linear(cfg.hidden_size, q_size)
+        self.k_proj = Linear(cfg.hidden_size, kv_size)
+        self.v_proj = Linear(cfg.hidden_size, kv_size)
+        self.o_proj = Linear(q_size, cfg.hidden_size)
         self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
         self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
@@ -96,9 +106,9 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+        self.gate_proj = Linear(cfg.hidden_size, cfg.intermediate_size)
+        self.up_proj = Linear(cfg.hidden_size, cfg.intermediate_size)
+        self.down_proj = Linear(cfg.intermediate_size, cfg.hidden_size)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
@@ -112,9 +122,29 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, more_TD: Tensor, cos: Tensor, sin: Tensor, attend: Attend, again: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream of which `more` is still to be added to x, to the same: (T, D) each. The next block adds
+        it, because that sum and the norm that follows are one kernel.
+
+        again: keep the sum alone, and compute the rest a second time in backward. Inside the block, so that what shards
+        it or compiles it is outside: its weights are gathered once for both, and the compiler leaves out of the second
+        time what no gradient needs, such as the last matrix product.
+        """
+        x_TD = x_TD + more_TD
+        if not again:
+            return self.compute(x_TD, cos, sin, attend)
+
+        def once_more(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+            return self.compute(x_TD, cos, sin, attend)
+
+        # There is no randomness in a block: no random state to keep, which would be a wait for the GPU.
+        return checkpoint(once_more, x_TD, use_reentrant=False, preserve_rng_state=False)
+
+    def compute(self, x_TD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos, sin, attend)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return x_TD, self.mlp(self.post_attention_layernorm(x_TD))
 
 
 class Decoder(nn.Module):
@@ -130,18 +160,20 @@ class Decoder(nn.Module):
 class Qwen3(nn.Module):
     """A dense Qwen3.
 
+    dtype: of the computation, to which weights are rounded as they are used; None: the weights' own.
     keep: for how many tokens, summed over blocks, backward may find the activations kept; the first blocks of a
     forward that has more compute theirs a second time in backward.
     """
 
-    def __init__(self, cfg: ModelConfig, keep: float = math.inf):
+    def __init__(self, cfg: ModelConfig, keep: float = math.inf, dtype: torch.dtype | None = None):
         super().__init__()
         self.cfg = cfg
         self.keep = keep
+        self.dtype = dtype
         self.compiled = False
         self.model = Decoder(cfg)
         if not cfg.tie_word_embeddings:
-            self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+            self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size)
 
     @property
     def head_weight(self) -> Tensor:
@@ -164,19 +196,18 @@ class Qwen3(nn.Module):
     def hidden(self, ids_T: Tensor, positions_T: Tensor, attends: Iterable[Attend]) -> Tensor:
         """Last hidden states (T, D), normed, of packed ids at their positions in their sequences."""
         x_TD = self.model.embed_tokens(ids_T)
+        x_TD = x_TD.to(self.dtype or x_TD.dtype)
+        more_TD = torch.zeros_like(x_TD, requires_grad=x_TD.requires_grad)  # as later ones: one graph for all blocks
         cos, sin = rope_tables(positions_T, self.cfg.head_dim, self.cfg.rope_theta)
         # The first ones: backward comes to them when what the others kept is gone.
         again = self.recomputed(len(ids_T)) if torch.is_grad_enabled() else 0
         for i, (block, attend) in enumerate(zip(self.model.layers, attends)):
-            if i < again:  # (no randomness in a block: no random state to keep, which would be a wait for the GPU)
-                x_TD = checkpoint(block, x_TD, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_TD = block(x_TD, cos, sin, attend)
-        return self.model.norm(x_TD)
+            x_TD, more_TD = block(x_TD, more_TD, cos, sin, attend, i < again)
+        return self.model.norm(x_TD + more_TD)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """(N, V) logits in fp32. For the few rows that an engine samples from; never for training."""
-        return F.linear(hidden_ND, self.head_weight).float()
+        return F.linear(hidden_ND, self.head_weight.to(hidden_ND.dtype)).float()
 
     def forward(
         self,

@@ -177,42 +177,17 @@ def was_announced(name: str) -> bool:
 def shard(model: nn.Module, blocks: nn.ModuleList, compute_dtype: torch.dtype) -> None:
     """Shard `model` in place over all ranks: each block a group, the rest the root group.
 
-    Parameters stay fp32 (the master weights); forward and backward run in `compute_dtype`,
-    gradients are reduced in fp32. One fp32 process keeps the plain module.
+    Parameters stay fp32 (the master weights); forward and backward get them in `compute_dtype`, gradients are
+    reduced in fp32. One process has nothing to shard and keeps the plain module.
     """
-    if world_size() == 1 and compute_dtype == torch.float32:
+    if world_size() == 1:
         return
-    if not dist.is_initialized():  # one GPU in bf16: FSDP's mixed precision over a mesh of one
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo",
-            store=dist.HashStore(),
-            rank=0,
-            world_size=1,
-        )
     mesh = init_device_mesh(device().type, (world_size(),))
     # Inputs are not cast: what a caller gives a block in fp32, as angles of positions, loses too much in bf16.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in blocks:  # a single GPU has nothing to gather: what it casts for forward it keeps for backward
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=world_size() > 1)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    if world_size() == 1:
-        for module in (*blocks, model):
-            module.set_custom_reduce_scatter(Unreduced())
-
-
-class Unreduced:
-    """The reduction of gradients over a mesh of one, which FSDP takes for a copy from one buffer to another: here both
-    are the same one. For set_custom_reduce_scatter, whose `allocate` is asked for the first and then for the second."""
-
-    def __init__(self) -> None:
-        self.first: Tensor | None = None
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        first, self.first = self.first, None
-        if first is not None and (first.shape, first.dtype) == (torch.Size(size), dtype):
-            return first
-        self.first = torch.empty(size, dtype=dtype, device=device)
-        return self.first
 
 
 def reshard(model: nn.Module) -> None:

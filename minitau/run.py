@@ -86,11 +86,12 @@ def open_reference(cfg: config.Training) -> Qwen3:
 def spread(model: Qwen3, cfg: config.Training) -> None:
     """Bring a model that was loaded to this rank's device, compiled if asked and possible, and shard it."""
     model.to(parallel.device())
+    model.dtype = dtype = getattr(torch, cfg.dtype)
     if not cfg.compile:
         torch.compiler.set_stance("force_eager")  # the head too
-    elif has_kernel(parallel.device(), getattr(torch, cfg.dtype)):
+    elif has_kernel(parallel.device(), dtype):
         model.compile_blocks()
-    parallel.shard(model, model.model.layers, getattr(torch, cfg.dtype))
+    parallel.shard(model, model.model.layers, dtype)
 
 
 def adamw(model: Qwen3, cfg: config.Training) -> torch.optim.Optimizer:

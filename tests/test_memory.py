@@ -62,7 +62,7 @@ def test_a_block_that_is_not_compiled_keeps_so_much():
 
     entering = torch.randn(tokens, SMALL.hidden_size, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        block(entering, *tables, Kernel.apply)
+        block(entering, torch.zeros_like(entering), *tables, Kernel.apply)
     found = sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in others)
     scales = 4 * (2 + 2 + 1)  # one number a norm and token, and one a head
     assert found == tokens * (KEPT_EAGER + scales)

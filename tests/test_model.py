@@ -1,5 +1,6 @@
 """The model against transformers' Qwen3, the chunked LM head against the naive one, and who may look at whom."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -189,10 +190,10 @@ def test_gradient_of_one_position_reaches_no_later_token():
     x = net.model.embed_tokens(ids).detach().requires_grad_()
     attends = packed_attention([0, 12], "cpu", torch.float32)
     cos, sin = rope_tables(torch.arange(12), net.cfg.head_dim, net.cfg.rope_theta)
-    out = x
+    out, more = x, torch.zeros_like(x)
     for block, attend in zip(net.model.layers, attends):
-        out = block(out, cos, sin, attend)
-    out[5].sum().backward()
+        out, more = block(out, more, cos, sin, attend)
+    (out + more)[5].sum().backward()
     reached = x.grad.abs().amax(-1) > 0
     assert reached.tolist() == [True] * 6 + [False] * 6
 
@@ -352,7 +353,7 @@ def test_recomputing_changes_memory_only():
     saving.load_state_dict(plain.state_dict())
     runs = []
     for block in saving.model.layers:
-        block.register_forward_pre_hook(lambda *_: runs.append(1))
+        block.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     losses = [loss_of(net, sequences) for net in (plain, saving)]
     assert torch.equal(*losses)
     for loss in losses:
@@ -380,6 +381,48 @@ def test_bfloat16_runs_on_a_cpu():
     (logprobs.sum() + entropy.sum()).backward()
     for name, gradient in gradients(low).items():
         assert gradient.dtype == torch.bfloat16 and gradient.isfinite().all() and gradient.abs().max() > 0, name
+
+
+def bf16_logprobs_of(net, ids):
+    attend = packed_attention([0, len(ids)], "cpu", torch.bfloat16)
+    return net(ids, torch.arange(len(ids)), attend, torch.arange(len(ids) - 1), ids[1:])[0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bf16_compute_over_fp32_weights_is_that_of_bf16_weights(tied):
+    """Bit for bit, also after a weight has changed: what was rounded for one forward serves no other."""
+    masters, ids, found = small_model(scale=50.0, tie_word_embeddings=tied), random_ids(40), None
+    masters.dtype = torch.bfloat16
+    for name, parameter in (("", None), *masters.named_parameters()):
+        before = found
+        with torch.no_grad():
+            if parameter is not None:
+                parameter.normal_()
+            halves = copy.deepcopy(masters).bfloat16()
+            found = bf16_logprobs_of(masters, ids)
+            assert torch.equal(found, bf16_logprobs_of(halves, ids)), name
+        assert before is None or not torch.equal(before, found), name
+
+
+@pytest.mark.parametrize("keep", [math.inf, 0.0])
+def test_gradients_of_bf16_compute_add_up_in_fp32(keep):
+    masters = small_model(scale=50.0, tie_word_embeddings=False)
+    halves = copy.deepcopy(masters).bfloat16()
+    masters.dtype, masters.keep, ids = torch.bfloat16, keep, random_ids(40)
+    sums = {name: 0.0 for name, _ in halves.named_parameters()}
+    for weight in (1.0, -0.25, 3.0):
+        for net in (masters, halves):
+            (weight * bf16_logprobs_of(net, ids).sum()).backward()
+        for name, gradient in gradients(halves).items():
+            sums[name] = sums[name] + gradient.float()
+        halves.zero_grad(set_to_none=True)
+    for name, parameter in masters.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        if name in ("lm_head.weight", "model.embed_tokens.weight"):  # of which even the sum over rows is fp32
+            assert (parameter.grad - sums[name]).norm() < 0.01 * sums[name].norm()
+        else:
+            assert torch.equal(parameter.grad, sums[name]), name
+        assert parameter.grad.abs().max() > 0, name
 
 
 def test_rope_depends_on_differences_of_positions_only():

@@ -178,7 +178,8 @@ def train(cfg: Pretrain, model: Qwen3, folder: Path, ids_V: Tensor) -> tuple[lis
     """
     device = parallel.device()
     model.to(device)
-    parallel.shard(model, model.model.layers, dtype_on(device))
+    model.dtype = dtype_on(device)
+    parallel.shard(model, model.model.layers, model.dtype)
     optimizer = adamw(model, cfg)
     workers = cfg.workers or os.cpu_count() or 1
     batches = DataLoader(Batches(cfg, folder), batch_size=None, num_workers=workers, prefetch_factor=4)

@@ -27,8 +27,8 @@ def open_engine(cfg: Any, model: Qwen3 | None, stop_ids: frozenset[int], round_b
     round_bits: to how many bits a local engine rounds its weights; 0 leaves them."""
     if cfg.engine == "sglang":
         return launch.open_sglang(cfg, stop_ids, takes_weights=model is not None)
-    if round_bits or parallel.is_sharded(model):
-        dtype = getattr(torch, cfg.dtype)
+    dtype = getattr(torch, cfg.dtype)
+    if round_bits or parallel.is_sharded(model) or model.head_weight.dtype != dtype:
         with torch.device("meta"):
             whole = Qwen3(model.cfg)
         model = whole.to_empty(device=parallel.device()).to(dtype).requires_grad_(False)
