@@ -281,8 +281,8 @@ def grpo_loss(
 
 def sft_loss(model: Qwen3, mb: batch.MicroBatch, dtype: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy on what the agent said."""
-    logprobs_N, entropy_N = forward(model, mb, 1.0, dtype)
-    return -(mb.weights_N * logprobs_N).sum(), {"entropy": ((mb.weights_N > 0) * entropy_N).sum()}
+    weighted, _, entropy_N = forward(model, mb, 1.0, dtype, mb.weights_N)
+    return -weighted, {"entropy": ((mb.weights_N > 0) * entropy_N).sum()}
 
 
 # -- what the stages are made of -------------------------------------------------------------------------

@@ -30,31 +30,82 @@ class HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float):
-        logprobs_N = hidden_ND.new_empty(len(targets_N), dtype=torch.float32)
-        entropy_N, lse_N = torch.empty_like(logprobs_N), torch.empty_like(logprobs_N)
         ctx.weight_dtype, weight_VD = weight_VD.dtype, weight_VD.to(hidden_ND.dtype)
+        found = [hidden_ND.new_empty(len(targets_N), dtype=torch.float32) for _ in range(3)]
         for rows in row_chunks(targets_N, len(weight_VD)):
             logits = F.linear(hidden_ND[rows], weight_VD)
             of_rows = fused(statistics, logits.device.type)(logits, targets_N[rows], temperature)
-            logprobs_N[rows], lse_N[rows], entropy_N[rows] = of_rows
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, logprobs_N, lse_N, entropy_N)
+            for each, of_row in zip(found, of_rows):
+                each[rows] = of_row
+        logprobs_N, _, entropy_N = found
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, *found)
         ctx.temperature = temperature
         return logprobs_N, entropy_N
 
     @staticmethod
     def backward(ctx, grad_logprobs_N: Tensor, grad_entropy_N: Tensor):
-        hidden_ND, weight_VD, targets_N, logprobs_N, lse_N, entropy_N = ctx.saved_tensors
+        hidden_ND, weight_VD, targets_N, *found = ctx.saved_tensors
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         for rows in row_chunks(targets_N, len(weight_VD)):
             logits = F.linear(hidden_ND[rows], weight_VD)
-            of_rows = [entropy_N[rows], grad_logprobs_N[rows], grad_entropy_N[rows], ctx.temperature]
-            grad_logits = fused(elsewhere, logits.device.type)(logits, lse_N[rows], *of_rows)
-            grad_target = away(logprobs_N[rows], *of_rows) + grad_logprobs_N[rows] / ctx.temperature
-            grad_logits.scatter_(-1, targets_N[rows, None], grad_target[:, None].to(grad_logits.dtype))
+            columns = [each[rows] for each in (*found, grad_logprobs_N, grad_entropy_N)]
+            grad_logits = gradient(logits, targets_N[rows], *columns, ctx.temperature)
             torch.mm(grad_logits, weight_VD, out=grad_hidden_ND[rows])
             accumulate(grad_weight_VD, grad_logits.T, hidden_ND[rows])
         return grad_hidden_ND, grad_weight_VD.to(ctx.weight_dtype), None, None
+
+
+class WeightedLogprobs(torch.autograd.Function):
+    """sum(weights * log p(targets)), and what HeadLogprobs gives, of which only that sum has a gradient.
+
+    A loss whose weights are known beforehand meets the head once: forward has the logits at hand when it can compute
+    the gradients as well, all but a factor.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.weight_dtype, weight_VD = weight_VD.dtype, weight_VD.to(hidden_ND.dtype)
+        logprobs_N, entropy_N = (torch.empty_like(weights_N) for _ in range(2))
+        if trains := any(ctx.needs_input_grad):
+            grad_hidden_ND = torch.empty_like(hidden_ND)
+            grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+            ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
+        for rows in row_chunks(targets_N, len(weight_VD)):
+            logits = F.linear(hidden_ND[rows], weight_VD)
+            found = fused(statistics, logits.device.type)(logits, targets_N[rows], temperature)
+            logprobs_N[rows], _, entropy_N[rows] = found
+            if trains:
+                weights = weights_N[rows]
+                grad_logits = gradient(logits, targets_N[rows], *found, weights, torch.zeros_like(weights), temperature)
+                torch.mm(grad_logits, weight_VD, out=grad_hidden_ND[rows])
+                accumulate(grad_weight_VD, grad_logits.T, hidden_ND[rows])
+        ctx.mark_non_differentiable(logprobs_N, entropy_N)
+        return (weights_N * logprobs_N).sum(), logprobs_N, entropy_N
+
+    @staticmethod
+    def backward(ctx, grad_sum: Tensor, *_: Tensor):
+        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
+        return grad_hidden_ND * grad_sum, grad_weight_VD.mul_(grad_sum).to(ctx.weight_dtype), None, None, None
+
+
+def gradient(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    logprobs_N: Tensor,
+    lse_N: Tensor,
+    entropy_N: Tensor,
+    grad_logprobs_N: Tensor,
+    grad_entropy_N: Tensor,
+    temperature: float,
+) -> Tensor:
+    """The gradient of the logits, in their dtype, from that of the log-probabilities and entropies."""
+    of_rows = [entropy_N, grad_logprobs_N, grad_entropy_N, temperature]
+    grad_logits = fused(elsewhere, logits_NV.device.type)(logits_NV, lse_N, *of_rows)
+    grad_target = away(logprobs_N, *of_rows) + grad_logprobs_N / temperature
+    return grad_logits.scatter_(-1, targets_N[:, None], grad_target[:, None].to(grad_logits.dtype))
 
 
 def statistics(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minitau.attention import Attend
-from minitau.head import HeadLogprobs
+from minitau.head import HeadLogprobs, WeightedLogprobs
 
 
 @dataclass(frozen=True)
@@ -217,13 +217,17 @@ class Qwen3(nn.Module):
         predict_N: Tensor,
         targets_N: Tensor,
         temperature: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
+        weights_N: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """log p(targets_N[n] | everything up to position predict_N[n]) and entropy there, (N,) fp32 each.
 
-        Only the rows in `predict_N` meet the LM head: what the agent heard costs no vocabulary.
+        With weights_N before them sum(weights_N * log p), and only this has a gradient, for less than through the
+        others. Only the rows in `predict_N` meet the LM head: what the agent heard costs no vocabulary.
         """
         assert ids_T.shape == positions_T.shape and predict_N.shape == targets_N.shape
         hidden_ND = self.hidden(ids_T, positions_T, attends).index_select(0, predict_N)
+        if weights_N is not None:
+            return WeightedLogprobs.apply(hidden_ND, self.head_weight, targets_N, weights_N, temperature)
         return HeadLogprobs.apply(hidden_ND, self.head_weight, targets_N, temperature)
 
 

@@ -114,10 +114,12 @@ def micro_batches(cfg: config.Training, samples: Sequence[batch.Sample]) -> list
     )
 
 
-def forward(model: Qwen3, mb: batch.MicroBatch, temperature: float, dtype: str) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of what the agent said, and entropies there: (N,) each."""
+def forward(
+    model: Qwen3, mb: batch.MicroBatch, temperature: float, dtype: str, weights_N: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Log-probabilities of what the agent said, and entropies there: (N,) each; with weights as Qwen3.forward."""
     attends = packed_attention(mb.cu_seqlens, mb.ids_T.device, getattr(torch, dtype))
-    found = model(mb.ids_T, mb.positions_T, attends, mb.predict_N, mb.targets_N, temperature)
+    found = model(mb.ids_T, mb.positions_T, attends, mb.predict_N, mb.targets_N, temperature, weights_N)
     if not torch.is_grad_enabled():
         parallel.reshard(model)  # else the next forward would find weights from before the next step
     return found

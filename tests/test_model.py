@@ -14,7 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from minitau import checkpoint, head
 from minitau.attention import causal_sdpa, packed_attention
-from minitau.head import HeadLogprobs
+from minitau.head import HeadLogprobs, WeightedLogprobs
 from minitau.model import ModelConfig, Qwen3, init_weights, rope_tables
 
 # (query heads, key heads, head size): grouped, one each, all on one, and head sizes that are not hidden / heads.
@@ -261,6 +261,26 @@ def test_head_gradient_when_only_one_output_is_used(output):
     (pull @ (log_p[torch.arange(9), targets], -(log_p.exp() * log_p).sum(-1))[output]).backward()
     for a, b in zip(mine, naive):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [0, 4, 13])
+def test_a_weighted_sum_is_that_of_the_log_probabilities(monkeypatch, n, dtype):
+    """Its gradient too, by a factor that comes later; what it gives for show has none."""
+    monkeypatch.setitem(head.LOGITS, "cpu", 5 * 29)
+    states, weight, targets, pull, _ = head_inputs(n)
+    found, expected = ([x.to(dtype).requires_grad_() for x in (states, weight)] for _ in range(2))
+    total, logprobs, entropy = WeightedLogprobs.apply(*found, targets, pull, 0.7)
+    naive, entropy_too = HeadLogprobs.apply(*expected, targets, 0.7)
+    assert torch.equal(logprobs, naive) and torch.equal(entropy, entropy_too)
+    assert torch.equal(total, (pull * naive).sum()) and not (logprobs.requires_grad or entropy.requires_grad)
+    (-3 * total).backward()
+    (-3 * (pull * naive).sum()).backward()
+    for mine, theirs in zip(found, expected):
+        assert mine.grad.dtype == dtype
+        assert (mine.grad - theirs.grad).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * theirs.grad.norm()
+    with torch.no_grad():
+        assert torch.equal(WeightedLogprobs.apply(*found, targets, pull, 0.7)[0], total)
 
 
 def test_head_survives_logits_of_any_size():
