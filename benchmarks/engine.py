@@ -13,7 +13,8 @@ drift     mean |engine's - trainer's log-probability| over sampled text; and wha
           engine is stale, for several tensors, each alone. By sharpness, a factor on the head's weights: a random
           head at 1 makes logits with a standard deviation of 1, so that all 151,936 tokens are nearly as likely
           (11.4 nats of entropy), at 0.5 even more so. Rounding moves logits in proportion to their size, and so the
-          figures. How far a trained model's would move, whose samples are likely ones, they do not say.
+          figures. How far a trained model's would move, whose samples are likely ones, they do not say. And how far
+          each of the two is from fp32 arithmetic on the same weights, rounded to bf16
 trains    a forward and backward of the trainer beside the server that was synced: the gradient's norm
 rollout   output tokens/s of 64 conversations at once (a rank) through rollout.collect, beside a bare load of the same
           shape from plain threads on the same server, in turns; requests outstanding on the average; the share of
@@ -214,7 +215,28 @@ def measure_drift(engine: SGLangEngine, weights: parallel.FullWeights, both: Sim
         found[f"sharpness_{sharpness:g}"] = drift_of(engine, both, version)
     head.copy_(kept)
     engine.sync(weights, 102)
+    found["from_fp32"] = from_fp32(engine, weights, both, 102)
     return found
+
+
+@torch.no_grad()
+def from_fp32(
+    engine: SGLangEngine, weights: parallel.FullWeights, both: SimpleNamespace, version: int
+) -> dict[str, float]:
+    """Mean |log-probability - that in fp32| of engine and trainer, over what the engine samples: if theirs were one
+    and the same they could still not be nearer to each other than the engine is to fp32."""
+    with torch.device(parallel.device()):
+        exact = Qwen3(both.run.model.cfg)
+    exact.load_state_dict({name: tensor.float() for name, tensor in weights}, strict=False)
+    mbs = [probe.sampled(engine, both.run, version) for _ in range(4)]
+    gaps: dict[str, list[torch.Tensor]] = {"engine": [], "trainer": [], "engine_from_trainer": []}
+    for mb in mbs:
+        exact_N = probe.forward(exact, mb, 1.0, "float32")[0]
+        ours_N = probe.forward(both.run.model, mb, 1.0, both.cfg.dtype)[0]
+        gaps["engine"].append(mb.rollout_N - exact_N)
+        gaps["trainer"].append(ours_N - exact_N)
+        gaps["engine_from_trainer"].append(mb.rollout_N - ours_N)
+    return {name: float(torch.cat(each).abs().mean()) for name, each in gaps.items()}
 
 
 def drift_of(engine: SGLangEngine, both: SimpleNamespace, version: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """How fast the trainer is at a 4B model's shape, what memory it takes, and whether its numbers are right.
 
     python -m benchmarks.trainer --parts speed,memory,numbers --out trainer.json
-    torchrun --nproc_per_node 2 -m benchmarks.trainer --parts speed          # over two GPUs
+    torchrun --nproc_per_node 2 -m benchmarks.trainer --parts speed,ranks    # over two GPUs
 
 Random weights, fp32 master weights and AdamW, bf16 compute, through train.sft_loss and run.update as they are. Prints
 one JSON object:
@@ -12,6 +12,8 @@ speed     seconds of a step (forward, loss, backward, clipping, AdamW) on 16,384
 memory    the same for 32,768 tokens; and the peak of the head alone for three vocabularies
 numbers   differences of log-probabilities and gradients to transformers' model in fp32 on the same weights; compiled or
           not, recomputed or not
+ranks     differences of log-probabilities and gradients between all ranks with a part of a batch each, weights sharded,
+          and one process with all of it; in fp32 and in bf16
 
 `--shape tiny` runs the same on a CPU, to see that it works.
 """
@@ -25,7 +27,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +39,7 @@ import train
 from benchmarks.engine_load import busy_seconds
 from benchmarks.mfu import LENGTHS, SHAPES, among, mfu, where
 from minitau import attention, batch, config, memory, parallel, run
+from minitau.attention import has_kernel
 from minitau.head import HeadLogprobs
 from minitau.model import ModelConfig, Qwen3, init_weights
 
@@ -288,7 +291,7 @@ def measure_numbers(args: argparse.Namespace) -> dict[str, Any]:
         found["transformers in bf16"] = difference(of_transformers(theirs, mb), reference)
     del theirs
     free_everything()
-    gradient32, _ = gradient_of(exact, mb, "float32")
+    gradient32, _ = gradient_of(exact, [mb], "float32")
     half = exact.bfloat16()
     if device.type == "cuda":
         half.compile_blocks()
@@ -301,7 +304,7 @@ def measure_numbers(args: argparse.Namespace) -> dict[str, Any]:
     ):
         torch.compiler.set_stance(stance)
         half.keep = keep
-        gradients[name], logprobs = gradient_of(half, mb, "bfloat16")
+        gradients[name], logprobs = gradient_of(half, [mb], "bfloat16")
         found[f"bf16, {name}"] = difference(logprobs, reference) | {
             "gradient_relative_to_fp32": relative(gradients[name], gradient32),
             "gradient_relative_to_compiled": relative(gradients[name], gradients["compiled"]),
@@ -319,17 +322,56 @@ def of_transformers(model: Any, mb: batch.MicroBatch) -> Tensor:
     return torch.cat(found)
 
 
-def gradient_of(model: Qwen3, mb: batch.MicroBatch, dtype: str) -> tuple[Tensor, Tensor]:
+def gradient_of(
+    model: Qwen3,
+    mbs: Sequence[batch.MicroBatch],
+    dtype: str,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+    tokens: int = 0,
+) -> tuple[Tensor, Tensor]:
     """The gradient of the mean log-probability with respect to some weights of every kind, as one fp32 vector on the
-    CPU; and the log-probabilities."""
+    CPU; and the log-probabilities of the last micro-batch. tokens: over which it is the mean, if not those of `mbs`."""
     model.zero_grad()
-    logprobs_N, _ = run.forward(model, mb, 1.0, dtype)
-    logprobs_N.mean().backward()
+    for mb in mbs:
+        logprobs_N, _ = run.forward(model, mb, 1.0, dtype)
+        backward(logprobs_N.sum() / (tokens or sum(len(each.targets_N) for each in mbs)))
     last = len(model.model.layers) - 1
     names = ("embed_tokens", "layers.0.", f"layers.{last // 2}.", f"layers.{last}.", "model.norm")
-    parts = [p.grad.flatten().float().cpu() for n, p in model.named_parameters() if any(name in n for name in names)]
+    grads = [p.grad for n, p in model.named_parameters() if any(name in n for name in names)]
+    found = torch.cat([parallel.whole(grad, None).flatten().float().cpu() for grad in grads])
     model.zero_grad()
-    return torch.cat(parts), logprobs_N.detach()
+    return found, logprobs_N.detach()
+
+
+def measure_ranks(args: argparse.Namespace) -> dict[str, Any]:
+    """Every rank computes everything alone first, so that each can compare what it has."""
+    shape = SHAPES[args.shape]
+    lengths = [2048, 512, 64] if args.shape == "4b" else lengths_of(args)
+    mbs = [micro_batch(shape, lengths, seed=rank) for rank in range(parallel.world_size())]
+    tokens, mine = sum(len(mb.targets_N) for mb in mbs), mbs[parallel.rank()]
+    found: dict[str, Any] = {"lengths": lengths}
+    for dtype in ("float32", "bfloat16"):
+        cfg = config.SFT(dtype=dtype)
+        alone = random_model(shape)
+        alone.dtype = getattr(torch, dtype)
+        if has_kernel(parallel.device(), alone.dtype):
+            alone.compile_blocks()
+        with torch.no_grad():
+            logprobs, _ = run.forward(alone, mine, 1.0, dtype)
+        gradient, _ = gradient_of(alone, mbs, dtype)
+        again, _ = gradient_of(alone, mbs, dtype)
+        del alone
+        free_everything()
+        model = random_model(shape)
+        run.spread(model, cfg)
+        sharded, logprobs_too = gradient_of(model, [mine], dtype, parallel.backward, tokens)
+        found[dtype] = difference(logprobs_too, logprobs) | {
+            "gradient_relative_to_one_process": relative(sharded, gradient),
+            "one_process_once_more": relative(again, gradient),
+        }
+        del model
+        free_everything()
+    return found
 
 
 def difference(found: Tensor, reference: Tensor) -> dict[str, float]:
@@ -345,12 +387,13 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "speed": measure_speed,
     "memory": measure_memory,
     "numbers": measure_numbers,
+    "ranks": measure_ranks,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=among(PARTS), default=list(PARTS), help="comma-separated")
+    parser.add_argument("--parts", type=among(PARTS), default=["speed", "memory", "numbers"], help="comma-separated")
     parser.add_argument("--shape", choices=SHAPES, default="4b")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each setting")

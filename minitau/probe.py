@@ -49,6 +49,13 @@ def sync(engine: Engine, run: Run, cfg: config.RFT | config.GRPO, version: int) 
 @torch.no_grad()
 def probe(engine: Engine, run: Run, cfg: config.RFT | config.GRPO, version: int) -> float:
     """Mean |engine's - trainer's log-probability| over what this rank's engine samples from ASKED."""
+    mb = sampled(engine, run, version)
+    logprobs_N, _ = forward(run.model, mb, 1.0, cfg.dtype)
+    return float((logprobs_N - mb.rollout_N).abs().mean())
+
+
+def sampled(engine: Engine, run: Run, version: int) -> batch.MicroBatch:
+    """What this rank's engine says to ASKED."""
     asked = [Trajectory(Task("probe", "", str(i)), i) for i in range(len(ASKED))]
     name = f"probe:{next(PROBES)}"
 
@@ -58,6 +65,4 @@ def probe(engine: Engine, run: Run, cfg: config.RFT | config.GRPO, version: int)
         asked[i].say(engine.generate(asked[i].ids, Sampling(1.0, SAMPLED), session=session, seed=seed_number(session)))
 
     in_threads(sample, parallel.SharedQueue(name, len(ASKED), each_rank=True), len(ASKED), engine)
-    mb = batch.pack([batch.Sample(t) for t in asked], parallel.device())
-    logprobs_N, _ = forward(run.model, mb, 1.0, cfg.dtype)
-    return float((logprobs_N - mb.rollout_N).abs().mean())
+    return batch.pack([batch.Sample(t) for t in asked], parallel.device())
