@@ -91,6 +91,16 @@ def check_tp(tp: int, ranks: int, shape: ModelConfig) -> None:
             raise BadInput(f"--engine-tp {tp} does not divide the {count} {what} of the model")
 
 
+def gpu_groups(gpus: Sequence[str], tp: int) -> list[list[int]]:
+    """The GPUs of each server. Raises BadInput if they are not `tp` that follow each other, as SGLang takes them."""
+    groups = [[int(gpu) for gpu in gpus[i : i + tp]] for i in range(0, len(gpus), tp)]
+    if any(group != list(range(group[0], group[0] + tp)) for group in groups):
+        raise BadInput(
+            f"--engine-gpus {','.join(gpus)}: each server needs --engine-tp {tp} GPUs that follow each other"
+        )
+    return groups
+
+
 def host_of_rank(cfg: Any, takes_weights: bool) -> int | None:
     """The rank whose server this rank asks; None if each has its own.
 
@@ -105,11 +115,7 @@ def host_of_rank(cfg: Any, takes_weights: bool) -> int | None:
         raise BadInput(
             f"--engine-gpus {','.join(gpus)}: GPUs 0 to {ranks - 1} are for the {ranks} ranks that train; name others"
         )
-    groups = [[int(gpu) for gpu in gpus[i : i + tp]] for i in range(0, len(gpus), tp)]
-    if any(group != list(range(group[0], group[0] + tp)) for group in groups):
-        raise BadInput(
-            f"--engine-gpus {','.join(gpus)}: each server needs --engine-tp {tp} GPUs that follow each other"
-        )
+    groups = gpu_groups(gpus, tp)
     if len(groups) > ranks or (len(groups) < ranks and not takes_weights):
         on = "each GPU" if tp == 1 else f"every {tp}"
         raise BadInput(
