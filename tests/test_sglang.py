@@ -623,6 +623,60 @@ def test_a_server_that_dies_on_one_of_two_ranks_gets_the_weights_of_both(tiny_di
 
 
 @long
+def test_one_of_two_servers_of_two_ranks_each_dies_and_only_that_one_is_started_again(tiny_dir, tmp_path):
+    out = tmp_path / "run"
+    flags = [*SMALL_GRPO.split(), "--engine-command", FAKE_SGLANG, "--model", str(tiny_dir), "--out", str(out)]
+    # (The probe after each sync asks eight times.)
+    done = script("train.py", *flags, "--engine-tp", "2", ranks=4, FAKE_SGLANG_DIES="12", FAKE_SGLANG_RANK="2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "SGLang of rank 2 is lost" in done.stdout and "SGLang of rank 0 is lost" not in done.stdout
+    assert sorted(path.name for path in out.glob("engine-*.log")) == ["engine-0.log", "engine-2.log"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(line["drift"] < 1e-4 for line in lines)
+    assert not any(line["stops"].get("engine_error") for line in lines) and not processes_with("--tp-size 2 ")
+
+
+@long
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_server_of_two_ranks_is_gone_when_either_is_killed(tiny_dir, tmp_path, rank):
+    out = tmp_path / "run"
+    words = [*SMALL_GRPO.split(), "--engine-command", FAKE_SGLANG, "--model", str(tiny_dir), "--out", str(out)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    with open(tmp_path / "said", "w") as said:
+        run = subprocess.Popen(
+            [*torchrun, "train.py", *words, "--steps", "1000", "--engine-tp", "2"],
+            cwd=ROOT,
+            env={**os.environ, **FOR_THE_FAKE, "OMP_NUM_THREADS": "1"},
+            stdout=said,
+            stderr=said,
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").read_text():
+                assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()[-2000:]
+                time.sleep(0.2)
+            assert processes_with("--tp-size 2 ")
+            os.kill(ranks_of(run.pid)[rank], signal.SIGKILL)
+            assert run.wait(60) != 0
+        finally:
+            run.kill()
+    deadline = time.monotonic() + 15
+    while processes_with("--tp-size 2 ") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes_with("--tp-size 2 ")
+
+
+def ranks_of(torchrun):
+    """The pids of the processes that torchrun started, by rank."""
+    found = {}
+    for pid in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            names = dict(each.partition("=")[::2] for each in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+            found[int(names.get("RANK", -1))] = int(pid)
+    return found
+
+
+@long
 def test_deaths_without_end_leave_the_checkpoint_whole(tiny_dir, tmp_path):
     out = tmp_path / "run"
     flags = [*SMALL_GRPO.split(), "--engine-command", FAKE_SGLANG, "--model", str(tiny_dir), "--out", str(out)]
