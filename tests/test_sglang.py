@@ -4,6 +4,7 @@ Against the stand-in of fake_sglang.py, a real process. What any engine must do 
 MINITAU_SGLANG set, that file holds the real server to it.
 """
 
+import base64
 import contextlib
 import importlib.util
 import json
@@ -491,7 +492,9 @@ def test_a_server_of_two_ranks_gets_a_handle_of_each_for_every_bucket(two_ranks)
     wanted = dict(shared_server.weights_of_version(1).named_parameters())
     for body, buckets_of in leader:
         first, second = body["serialized_named_tensors"]
-        assert first != second and len(buckets_of) == 2  # each is memory of another process
+        for found, handle in zip(two_ranks.seen, (first, second)):  # in the order of ranks, each of its own memory
+            assert f"/torch_{found['own pid']}_".encode() in base64.b64decode(handle)
+        assert len(buckets_of) == 2
         for held in buckets_of:
             assert held and all(torch.equal(tensor, wanted[name]) for name, tensor in held.items())
     for worker in range(2):
@@ -525,13 +528,13 @@ def test_three_deaths_in_a_row_are_told_to_both_and_nothing_is_left(two_ranks):
     assert gone_within(1, *two_ranks.seen[0]["pids"]) and not processes_with(str(two_ranks.out))
 
 
-def processes_with(word):
-    """Command lines that hold a word."""
+def processes_with(*words):
+    """Command lines that hold all these words."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             found.append(path.read_bytes().replace(b"\0", b" ").decode())
-    return [line for line in found if word in line]
+    return [line for line in found if all(word in line for word in words)]
 
 
 # -- replies -------------------------------------------------------------------------------------------------
@@ -606,7 +609,7 @@ def test_grpo_through_servers_of_its_own(tiny_dir, tmp_path, ranks, tp):
         assert done.stdout.count("is started again") == 1
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((evaluated / "results.json").read_text())[-1]["errors"] == 0
-    assert not processes_with(f"--tp-size {tp} ")
+    assert not processes_with(str(tiny_dir), f"--tp-size {tp} ")
 
 
 @long
@@ -633,7 +636,9 @@ def test_one_of_two_servers_of_two_ranks_each_dies_and_only_that_one_is_started_
     assert sorted(path.name for path in out.glob("engine-*.log")) == ["engine-0.log", "engine-2.log"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and all(line["drift"] < 1e-4 for line in lines)
-    assert not any(line["stops"].get("engine_error") for line in lines) and not processes_with("--tp-size 2 ")
+    assert not any(line["stops"].get("engine_error") for line in lines) and not processes_with(
+        str(tiny_dir), "--tp-size 2 "
+    )
 
 
 @long
@@ -655,15 +660,15 @@ def test_a_server_of_two_ranks_is_gone_when_either_is_killed(tiny_dir, tmp_path,
             while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").read_text():
                 assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()[-2000:]
                 time.sleep(0.2)
-            assert processes_with("--tp-size 2 ")
+            assert processes_with(str(tiny_dir), "--tp-size 2 ")
             os.kill(ranks_of(run.pid)[rank], signal.SIGKILL)
             assert run.wait(60) != 0
         finally:
             run.kill()
     deadline = time.monotonic() + 15
-    while processes_with("--tp-size 2 ") and time.monotonic() < deadline:
+    while processes_with(str(tiny_dir), "--tp-size 2 ") and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not processes_with("--tp-size 2 ")
+    assert not processes_with(str(tiny_dir), "--tp-size 2 ")
 
 
 def ranks_of(torchrun):
