@@ -52,6 +52,15 @@ class Case:
         return getattr(self.cfg, "engine_gpus", ())
 
     @property
+    def tp(self) -> int:
+        """GPUs that one engine is spread over."""
+        return getattr(self.cfg, "engine_tp", 1)
+
+    @property
+    def engines(self) -> int:
+        return (len(self.own_gpus) or self.ranks) // self.tp
+
+    @property
     def samples(self) -> bool:
         return self.stage != "sft"
 
@@ -101,19 +110,26 @@ def lodgers(case: Case) -> list[Part]:
 
 
 def engine(case: Case) -> list[Part]:
-    """An engine's share of its GPU: it takes --engine-mem of what is free when it starts, weights and cache in one."""
-    whole = HALF * memory.parameters(case.shape)
+    """An engine's share of a GPU: it takes --engine-mem of what is free when it starts, weights and cache in one. Of
+    both each of its GPUs holds as much."""
+    weights, over = HALF * memory.parameters(case.shape) / case.tp, f" / {case.tp} GPUs" if case.tp > 1 else ""
     there = RESERVED + CONTEXT
     if case.guest:
         there = total(lodgers(case)) + sharded(case)
     free = case.gpu.memory - there
-    cache = max(0.0, case.cfg.engine_mem * free - whole)
+    cache = max(0.0, case.cfg.engine_mem * free - weights)
     how = f"--engine-mem {case.cfg.engine_mem:g} x {gb(free)} free at its start, less weights"
+    held = f"{tokens_in(case, cache):,.0f} tokens" + (f" on {case.tp} GPUs" if case.tp > 1 else "")
     return [
-        Part("engine: weights", whole, f"2 bytes x {count_of(case.shape)}"),
-        Part("engine: KV cache", cache, f"{how}: {cache // cache_bytes(case.shape):,.0f} tokens"),
+        Part("engine: weights", weights, f"2 bytes x {count_of(case.shape)}{over}"),
+        Part("engine: KV cache", cache, f"{how}: {held}"),
         Part("engine: beside them", BESIDE, "CUDA graphs, workspace"),
     ]
+
+
+def tokens_in(case: Case, cache: float) -> float:
+    """Whole tokens that an engine's cache holds, of which each of its GPUs has so many bytes."""
+    return cache * case.tp // cache_bytes(case.shape)
 
 
 def sharded(case: Case) -> float:
@@ -186,7 +202,7 @@ def problems(case: Case) -> list[str]:
     if loading > have:
         found.append(f"loading puts whole fp32 weights on each GPU, {gb(loading - have)} more than it has")
     if case.samples:
-        tokens = engine(case)[1].amount // cache_bytes(shape)
+        tokens = tokens_in(case, engine(case)[1].amount)
         if tokens < case.cfg.max_tokens:
             found.append(
                 f"the engine's cache holds {tokens:,.0f} tokens, not one conversation of --max-tokens "
@@ -242,7 +258,8 @@ def advice(case: Case) -> list[str]:
         if enough:
             break
     hardware = [{"gpu": "h200"}] if case.told.gpu == "h100" else []
-    hardware += [{"gpus": gpus} for gpus in (2, 4, 8) if gpus > case.told.gpus and not case.own_gpus]
+    if not case.own_gpus:
+        hardware += [{"gpus": gpus} for gpus in (2, 4, 8) if gpus > case.told.gpus and gpus % case.tp == 0]
     others = [each for each in hardware if not problems(changed(case, each))]
     return enough[:ADVICE] + [f"--{name} {value}" for each in others[:2] for name, value in each.items()]
 

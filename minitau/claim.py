@@ -26,6 +26,7 @@ FREE_ON_RESUME = {
     "engine_command",
     "engine_url",
     "engine_gpus",
+    "engine_tp",
     "engine_mem",
     "engine_timeout",
     "engine_sleep",

@@ -147,7 +147,8 @@ def out_of_range(name: str, value: Any) -> str:
 
 POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
     "max_new_tokens max_tokens max_turns max_steps max_bad_calls concurrency epochs batch_size samples round_tasks "
-    "steps tasks_per_step updates_per_step max_rounds num_trials micro_batch_tokens save_every keep engine_timeout tp"
+    "steps tasks_per_step updates_per_step max_rounds num_trials micro_batch_tokens save_every keep engine_timeout tp "
+    "engine_tp"
 ).split()
 
 NOT_NEGATIVE = (  # noqa: SIM905  (likewise)
@@ -184,6 +185,8 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
         for name in ("engine_url", "engine_command", "engine_gpus", "engine_sleep", "ahead"):
             if values.get(name):
                 raise BadInput(f"--{name.replace('_', '-')} is for --engine sglang")
+        if values.get("engine_tp", 1) > 1:
+            raise BadInput("--engine-tp is for --engine sglang")
     elif values.get("engine_round"):
         raise BadInput("--engine-round is for --engine local")
     if values.get("engine_round") == 1:
@@ -211,6 +214,8 @@ def check_engines(values: dict[str, Any]) -> None:
         raise BadInput(f"--engine-gpus {','.join(gpus)}: a GPU is named twice")
     if gpus and urls:
         raise BadInput("--engine-gpus is for servers that are started, --engine-url for ones that run: leave one out")
+    if urls and values["engine_tp"] > 1:
+        raise BadInput("--engine-tp is for servers that are started, --engine-url for ones that run: leave one out")
     if sleep and (gpus or values["ahead"]):
         raise BadInput(f"--engine-sleep leaves nothing to --{'engine-gpus' if gpus else 'ahead'}: leave one out")
     if values.get("ahead") and not (gpus or urls):

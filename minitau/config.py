@@ -43,6 +43,11 @@ class Episodes:
         "server on each. Ranks train on the first GPUs; there is a server for each rank, or some share one (rank r "
         "asks server r modulo their number). Without it a server shares the GPU of its rank",
     )
+    engine_tp: int = setting(
+        1,
+        "sglang: GPUs that one server is spread over. So many ranks that follow each other share one, on their GPUs; "
+        "with --engine-gpus a server takes so many of those, which follow each other. Not for --engine-url",
+    )
     engine_mem: float = setting(0.4, "sglang: a server takes this part of what is free on its GPU when it starts")
     engine_timeout: float = setting(600.0, "sglang: seconds until a start, or a reply, counts as never coming")
     temperature: float = setting(1.0, "of the policy's sampling; 0 is greedy (evaluation only)")

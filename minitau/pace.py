@@ -100,22 +100,25 @@ def length(told: config.DryRun, turns: int) -> int:
     return told.opening_tokens + turns * (told.said_tokens + told.heard_tokens)
 
 
-def turn_seconds(shape: ModelConfig, gpu: Gpu, contexts: Sequence[int], told: config.DryRun) -> float:
+def turn_seconds(shape: ModelConfig, gpu: Gpu, contexts: Sequence[int], told: config.DryRun, tp: int = 1) -> float:
     """Of one reply in each of the conversations of these lengths, on one engine: every token that is said reads all
-    weights and cache once, what was heard is computed, and the customer takes as long for all."""
+    weights and cache once, what was heard is computed, and the customer takes as long for all. Over `tp` GPUs it is
+    divided as if they had nothing to say to each other, which nobody has measured here."""
     reads = HALF * memory.parameters(shape) + sum(contexts) * cache_bytes(shape)
-    prefill = PREFILL * PEAK_FLOPS / (2 * memory.parameters(shape))  # tokens a second
-    said = told.said_tokens * reads / (DECODE * gpu.bandwidth)
+    prefill = tp * PREFILL * PEAK_FLOPS / (2 * memory.parameters(shape))  # tokens a second
+    said = told.said_tokens * reads / (tp * DECODE * gpu.bandwidth)
     return said + len(contexts) * told.heard_tokens / prefill + told.user_seconds
 
 
-def round_seconds(shape: ModelConfig, gpu: Gpu, turns: Sequence[int], at_once: int, told: config.DryRun) -> float:
+def round_seconds(
+    shape: ModelConfig, gpu: Gpu, turns: Sequence[int], at_once: int, told: config.DryRun, tp: int = 1
+) -> float:
     """Of conversations of so many replies on one engine, at most `at_once` at a time, one starting where another ends.
     (An opening is computed once and then cached: too little to count.)"""
     waiting, playing, seconds = list(turns), [], 0.0  # of those who play: (replies done, in all)
     while waiting or playing:
         while waiting and len(playing) < at_once:
             playing.append((0, waiting.pop(0)))
-        seconds += turn_seconds(shape, gpu, [length(told, done) for done, _ in playing], told)
+        seconds += turn_seconds(shape, gpu, [length(told, done) for done, _ in playing], told, tp)
         playing = [(done + 1, of) for done, of in playing if done + 1 < of]
     return seconds

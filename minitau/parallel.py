@@ -105,6 +105,15 @@ def gather(item: Any, *, beside: bool = False) -> list[Any]:
     return items
 
 
+def gather_group(item: Any, size: int) -> list[Any]:
+    """The `item` of each of this rank's group, in rank order: every `size` ranks that follow each other are one. All
+    ranks together, unless each is a group by itself."""
+    if size == 1:
+        return [item]
+    first = rank() // size * size
+    return gather(item)[first : first + size]
+
+
 def from_main(item: Any) -> Any:
     """Rank 0's `item`, on every rank."""
     return gather(item if is_main() else None)[0]

@@ -25,8 +25,10 @@ from minitau.budget import (
     playing_parts,
     problems,
     room,
+    tokens_in,
     total,
 )
+from minitau.engines import launch
 from minitau.episode import BadInput
 from minitau.memory import ADAM, HALF, MASTER
 from minitau.model import ModelConfig
@@ -48,27 +50,28 @@ def most_turns(cfg: Any) -> int:
 def at_once(case: Case, conversations: int) -> int:
     """Conversations that one engine serves at a time: what --concurrency allows and the cache has room for. Openings
     are in it once a domain."""
-    engines, cfg, told = len(case.own_gpus) or case.ranks, case.cfg, case.told
-    allowed = min(cfg.concurrency, math.ceil(conversations / case.ranks)) * math.ceil(case.ranks / engines)
+    cfg, told = case.cfg, case.told
+    allowed = min(cfg.concurrency, math.ceil(conversations / case.ranks)) * math.ceil(case.ranks / case.engines)
     openings = told.opening_tokens * len(cfg.domains)
-    tokens = engine(case)[1].amount / pace.cache_bytes(case.shape) - openings
+    tokens = tokens_in(case, engine(case)[1].amount) - openings
     room = int(tokens // (pace.length(told, told.turns) - told.opening_tokens))
     return max(1, min(allowed, room))
 
 
 def rollout(case: Case, rounds: Sequence[int], attempts: int) -> Part:
     """Rounds of so many tasks, one after the other; each takes as long as the engine that has the longest."""
-    engines, seconds = len(case.own_gpus) or case.ranks, 0.0
+    engines, seconds = case.engines, 0.0
     for tasks in rounds:
         turns = pace.turns_of(tasks * attempts, case.told.turns, longest(case))
         theirs = turns[::-1][::engines]
         theirs = Random(0).sample(theirs, len(theirs))  # nobody knows beforehand which they are
-        seconds += pace.round_seconds(case.shape, case.gpu, theirs, at_once(case, len(turns)), case.told)
+        seconds += pace.round_seconds(case.shape, case.gpu, theirs, at_once(case, len(turns)), case.told, case.tp)
     most, told = at_once(case, rounds[0] * attempts), case.told
     whole = pace.length(told, told.turns)
-    reply = pace.turn_seconds(case.shape, case.gpu, [whole] * most, told)
+    over = f" over {case.tp} GPUs, as if they had nothing to say to each other" if case.tp > 1 else ""
+    reply = pace.turn_seconds(case.shape, case.gpu, [whole] * most, told, case.tp)
     how = (
-        f"{' + '.join(map(str, rounds))} tasks x {attempts}, {many(engines, 'engine')}, {most} at once on each, "
+        f"{' + '.join(map(str, rounds))} tasks x {attempts}, {many(engines, 'engine')}{over}, {most} at once on each, "
         f"{longest(case)} turns at most; a turn {reply:.2f} s at {whole:,} tokens"
     )
     return Part("rollout", seconds, how)
@@ -232,9 +235,13 @@ def check(case: Case) -> None:
         raise BadInput("--dry-run knows the figures of SGLang as the engine: add --engine sglang, or --preset tau2-4b")
     if case.samples and cfg.engine_url:
         raise BadInput("--dry-run does not know where the servers of --engine-url are; name their GPUs: --engine-gpus")
-    if gpus and not 1 <= len(gpus) <= case.ranks:
+    if case.tp > 1:
+        launch.gpu_groups(gpus, case.tp)
+        launch.check_tp(case.tp, 0 if gpus else case.ranks, case.shape)
+    if gpus and not 1 <= len(gpus) // case.tp <= case.ranks:
+        least = "as many" if case.tp == 1 else f"one for every {case.tp}"
         raise BadInput(
-            f"--engine-gpus takes {len(gpus)} of --gpus {case.told.gpus}; at least as many must be left to train on"
+            f"--engine-gpus takes {len(gpus)} of --gpus {case.told.gpus}; at least {least} must be left to train on"
         )
     if (turns := case.told.turns) > most_turns(cfg):
         raise BadInput(f"--turns is {turns}; the limits end a conversation after {most_turns(cfg)} replies")

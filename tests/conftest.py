@@ -102,6 +102,12 @@ def sglang_server(model_dir: Path, log: Path, context: int, *flags: str, command
         server.close()
 
 
+def child_of(server: Server) -> int:
+    """The pid of the server itself, which its keeper keeps."""
+    keeper = server.process.pid
+    return int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()[0])
+
+
 class Allocations(TorchDispatchMode):
     """Counts the bytes of each tensor that torch makes anew in a `with`. Their sum is no less than the peak."""
 

@@ -5,8 +5,10 @@
 A real process with real HTTP and real tensors by handle; only what computes is ours. What it accepts, refuses and
 replies is what SGLang 0.5 was seen to, and so is what kills it: ids outside the vocabulary, a tensor of another shape,
 weights that are not what load_format says, memory that is released twice or under a request. (A name that it does not
-know does not.) For a test's sake the environment may ask for trouble: FAKE_SGLANG_DIES=N ends it after N replies, in
-each of its lives, on every rank or on that of FAKE_SGLANG_RANK; FAKE_SGLANG_NEVER_STARTS=1 at once.
+know does not.) With --tp-size N it wants N handles, and takes the i-th part of every tensor from the i-th, as N workers
+would; that one more or less kills it is stricter than SGLang, which leaves out what is too much. For a test's sake the
+environment may ask for trouble: FAKE_SGLANG_DIES=N ends it after N replies, in each of its lives, on every rank or on
+that of FAKE_SGLANG_RANK; FAKE_SGLANG_NEVER_STARTS=1 at once.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from minitau.episode import EngineError, Sampling
 from minitau.model import init_weights
 
 IGNORED = ("--mem-fraction-static", "--base-gpu-id", "--random-seed", "--max-running-requests")
-IGNORED += ("--tp-size", "--dp-size", "--served-model-name", "--tool-call-parser")
+IGNORED += ("--dp-size", "--served-model-name", "--tool-call-parser")
 
 
 class Fake:
@@ -46,7 +48,7 @@ class Fake:
         self.running, self.aborted = set(), set()
         mine = os.environ.get("FAKE_SGLANG_RANK", args.random_seed) == args.random_seed  # seed 0 and rank
         self.dies_after = int(os.environ.get("FAKE_SGLANG_DIES", 0)) if mine else 0
-        self.groups = {}
+        self.groups = {}  # name -> a group of each worker
 
     def engine(self, stop_ids):
         with self.lock:
@@ -90,47 +92,68 @@ class Fake:
         return {"text": "", "output_ids": output, "meta_info": meta}
 
     def update(self, body):
-        (payload,) = body["serialized_named_tensors"]
-        payload = base64.b64decode(payload)
-        try:
-            named = unpacked(pickle.loads(payload), body.get("load_format"))
-        except Exception as error:
-            print(f"{type(error).__name__}: {error}", flush=True)
+        payloads, tp = body["serialized_named_tensors"], self.args.tp_size
+        if len(payloads) != tp:
+            print(f"{len(payloads)} handles for {tp} workers", flush=True)
             os._exit(9)
-        own = dict(self.model.named_parameters())
+        for worker, payload in enumerate(payloads):
+            try:
+                named = unpacked(pickle.loads(base64.b64decode(payload)), body.get("load_format"))
+            except Exception as error:
+                print(f"{type(error).__name__}: {error}", flush=True)
+                os._exit(9)
+            self.take(named, worker)
+        if body["flush_cache"]:
+            self.flush()
+        self.version = body["weight_version"]
+        return {"success": True, "message": "Success"}
+
+    def take(self, named, worker):
+        """A worker's part of each tensor: of its rows, here."""
+        own, tp = dict(self.model.named_parameters()), self.args.tp_size
         for name, tensor in named:
             if name not in own:
                 print(f"Parameter {name} not found in params_dict", flush=True)
             elif own[name].shape != tensor.shape:
                 os._exit(9)
             else:
-                own[name].copy_(tensor)
-        if body["flush_cache"]:
-            self.flush()
-        self.version = body["weight_version"]
-        return {"success": True, "message": "Success"}
+                own[name].tensor_split(tp)[worker].copy_(tensor.tensor_split(tp)[worker])
 
     def join(self, body):
-        """As SGLang does: its group knows no default one. It waits for the others."""
+        """As SGLang does, each worker as a rank: its group knows no default one. It waits for the others."""
         c10d, rank, size = dist.distributed_c10d, body["rank_offset"], body["world_size"]
         where = f"tcp://{body['master_address']}:{body['master_port']}"
         store, _, _ = next(dist.rendezvous(where, rank, size, timeout=c10d.default_pg_timeout))
         name, backend = body["group_name"], dist.Backend(body["backend"])
+        bare = [None] * self.args.tp_size
+
+        def join_bare(worker):
+            """A process has one group of a name: the workers after the first, here threads, do what is under it."""
+            store = dist.TCPStore(body["master_address"], body["master_port"], wait_for_workers=False)
+            for prefix in (name, f"{name}/", "cpu/"):
+                store = dist.PrefixStore(prefix, store)
+            bare[worker] = dist.ProcessGroupGloo(store, rank + worker, size, c10d.default_pg_timeout)
+
+        others = [threading.Thread(target=join_bare, args=(i,), daemon=True) for i in range(1, len(bare))]
+        for other in others:
+            other.start()
         more = {"group_name": name, "timeout": c10d.default_pg_timeout}
         group, _ = c10d._new_process_group_helper(size, rank, [], backend, dist.PrefixStore(name, store), **more)
         c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
-        self.groups[name] = group
+        for other in others:
+            other.join()
+        self.groups[name] = [group, *bare[1:]]
         self.device = f"cuda:{self.args.base_gpu_id}" if body["backend"] == "nccl" else "cpu"
 
     def receive(self, body):
-        own, group = dict(self.model.named_parameters()), self.groups[body["group_name"]]
         got = []
         for name, dtype, shape in zip(body["names"], body["dtypes"], body["shapes"], strict=True):
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-            got.append((name, tensor, dist.broadcast(tensor, src=0, group=group, async_op=True)))
-        for name, tensor, work in got:
+            for worker, group in enumerate(self.groups[body["group_name"]]):
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+                got.append((name, tensor, worker, group.broadcast(tensor, 0)))
+        for name, tensor, worker, work in got:
             work.wait()
-            own[name].copy_(tensor)
+            self.take([(name, tensor)], worker)
         if body["flush_cache"]:
             self.flush()
         self.version = body["weight_version"]
@@ -166,7 +189,7 @@ class Fake:
             case "/update_weights_from_distributed":
                 self.receive(body)
             case "/destroy_weights_update_group":
-                dist.destroy_process_group(self.groups.pop(body["group_name"]))
+                dist.destroy_process_group(self.groups.pop(body["group_name"])[0])
             case "/update_weights_from_disk":
                 return self.load(body)
             case "/abort_request":
@@ -226,6 +249,7 @@ def main():
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--port", type=int)
     parser.add_argument("--context-length", type=int, default=4096)
+    parser.add_argument("--tp-size", type=int, default=1)
     for flag in ("--skip-tokenizer-init", "--skip-server-warmup", "--enable-memory-saver"):
         parser.add_argument(flag, action="store_true")
     args = parser.parse_args()

@@ -154,6 +154,7 @@ def main(folder: Path) -> None:
     found = {}
     found["small talk"] = {
         "gather": parallel.gather({"rank": parallel.rank()}),
+        "groups of": {size: parallel.gather_group(parallel.rank(), size) for size in (1, 2)},
         "from_main": parallel.from_main(f"said by {parallel.rank()}"),
         "sum": parallel.sum_over_ranks({"a": 1.0 + parallel.rank(), "b": 0.5}),
     }

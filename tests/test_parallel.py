@@ -66,9 +66,10 @@ def assert_same(found, expected, error=0.0):
 
 def test_gather_from_main_and_sums(two):
     _, *both = two
-    for found in both:
+    for rank, found in enumerate(both):
         assert found["small talk"] == {
             "gather": [{"rank": 0}, {"rank": 1}],
+            "groups of": {1: [rank], 2: [0, 1]},
             "from_main": "said by 0",
             "sum": {"a": 3.0, "b": 1.0},
         }

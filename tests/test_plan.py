@@ -141,6 +141,7 @@ def test_a_turn_by_hand(round_rates):
     reading = 10 * (5492 + 150 * 32) / (0.5 * 1000)
     prefill = 2 * 7 / (100 / 5492)
     assert pace.turn_seconds(SMALL, gpu, [100, 50], told) == pytest.approx(reading + prefill + 2)
+    assert pace.turn_seconds(SMALL, gpu, [100, 50], told, tp=2) == pytest.approx((reading + prefill) / 2 + 2)
 
 
 def test_a_conversation_starts_where_another_ends(monkeypatch):
@@ -218,6 +219,21 @@ def test_the_engines_share_by_hand(round_rates):
     assert budget.engine(script) == budget.engine(alone), "it needs no server"
     own = case("--gpus 2 --gpu h200 --engine-gpus 1 --engine-mem 0.5", user_mem=0.25)
     assert budget.engine(own)[1].amount == pytest.approx(H200_BYTES / 2 - 2 * PARAMETERS)
+
+
+def test_an_engine_over_several_gpus_is_divided_among_them(round_rates):
+    flags = "--gpus 4 --gpu h200 --engine-mem 0.5 --kl 0"
+    alone, spread = (case(f"{flags} {more}", user_mem=0.0) for more in ("", "--engine-tp 2"))
+    (_, cache, beside), (half, more, as_much) = budget.engine(alone), budget.engine(spread)
+    assert (half.amount, as_much) == (PARAMETERS, beside)
+    assert more.amount == pytest.approx(cache.amount + PARAMETERS)  # of the same share of the GPU
+    tokens = [budget.tokens_in(each, budget.engine(each)[1].amount) for each in (alone, spread)]
+    assert tokens == [cache.amount // 147_456, more.amount * 2 // 147_456] and f"{tokens[1]:,.0f} tokens" in more.how
+    assert (alone.engines, spread.engines) == (4, 2)
+    assert "2 engines over 2 GPUs" in plan.rollout(spread, [16], 4).how
+    assert plan.at_once(spread, 8) == 4  # those of two ranks
+    own = case("--gpus 8 --engine-gpus 4,5,6,7 --engine-tp 4")
+    assert (own.ranks, own.engines) == (4, 1)
 
 
 def test_the_cache_that_was_measured():
@@ -306,6 +322,8 @@ def test_engines_on_gpus_of_their_own(capsys, model):
     for gpus, why in (("3,4,5,6,7", "at least as many"), ("7,8", "GPUs; servers may have 6 to 7")):
         status, out, err = dry_run(capsys, model, f"{flags} --engine-gpus {gpus}")
         assert status == 2 and not out and why in err and err.count("\n") == 1
+    status, out, _ = dry_run(capsys, model, f"{flags} --engine-gpus 4,5,6,7 --engine-tp 2 --ahead 1")
+    assert status == 0 and "/ 2 GPUs" in out and "2 engines over 2 GPUs" in out
 
 
 @pytest.mark.parametrize(
@@ -315,6 +333,9 @@ def test_engines_on_gpus_of_their_own(capsys, model):
         ("--stage grpo --preset tau2-4b --gpus 0", "--gpus is 0"),
         ("--stage grpo --preset tau2-4b --user-mem 1", "--user-mem is 1.0"),
         ("--stage grpo --preset tau2-4b --turns 60", "after 50 replies"),
+        ("--stage grpo --preset tau2-4b --gpus 6 --engine-tp 4", "6 ranks cannot form groups of 4"),
+        ("--stage grpo --preset tau2-4b --gpus 3 --engine-tp 3", "does not divide the 8 key/value heads"),
+        ("--stage grpo --preset tau2-4b --engine-gpus 5,7 --engine-tp 2", "GPUs that follow each other"),
         ("--stage grpo", "--dtype bfloat16"),
         ("--stage grpo --dtype bfloat16", "--engine sglang"),
         ("--stage grpo --preset tau2-4b --engine-url http://127.0.0.1:1", "--engine-url"),

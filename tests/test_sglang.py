@@ -4,6 +4,7 @@ Against the stand-in of fake_sglang.py, a real process. What any engine must do 
 MINITAU_SGLANG set, that file holds the real server to it.
 """
 
+import base64
 import contextlib
 import importlib.util
 import json
@@ -21,8 +22,9 @@ from random import Random
 from types import SimpleNamespace
 
 import pytest
+import shared_server
 import torch
-from conftest import FAKE_SGLANG, FOR_THE_FAKE, ROOT, Allocations, small_model
+from conftest import FAKE_SGLANG, FOR_THE_FAKE, ROOT, Allocations, child_of, small_model
 from test_engine import STOP, error_of, some_ids
 
 from minitau import checkpoint, config, parallel, probe
@@ -84,12 +86,6 @@ def shared(reference, model_dir, tmp_path_factory):
 def engine(shared, reference):
     shared.sync(list(reference.named_parameters()), 1)
     return shared
-
-
-def child_of(server):
-    """The pid of the server itself, which its keeper keeps."""
-    keeper = server.process.pid
-    return int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()[0])
 
 
 def is_running(pid):
@@ -314,14 +310,17 @@ def test_weights_arrive_bucket_by_bucket_and_the_last_one_flushes(engine, monkey
 # -- weights that are broadcast ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tp", [1, 2])
 def test_broadcast_weights_arrive_and_a_server_that_was_started_again_rejoins(
-    reference, model_dir, tmp_path, monkeypatch
+    reference, model_dir, tmp_path, monkeypatch, tp
 ):
     monkeypatch.setattr(
         "minitau.engines.handover.buckets", lambda weights, dtype, device: buckets(weights, dtype, device, 8192)
     )
     other = small_model(seed=5, scale=8.0)
-    with engine_of(fake(model_dir, tmp_path / "log"), reference, host=0) as engine:
+    server = fake(model_dir, tmp_path / "log", "--tp-size", str(tp))
+    with engine_of(server, reference, host=0, tp=tp, own_gpus=True) as engine:
+        assert engine.broadcaster.group.size == 1 + tp
         engine.sync(list(other.named_parameters()), 2)
         said = engine.generate([9, 8, 7], SOFT, session="s", seed=0)
         assert said.weight_version == 2 and error_of(other, [9, 8, 7], said, SOFT) < 1e-4
@@ -461,6 +460,83 @@ def test_two_servers_that_die_at_once_are_one_death_each(reference, model_dir, t
         assert engine.deaths == 1 and not any(isinstance(reply, EngineError) for reply in replies)
 
 
+# -- one server of two ranks ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_ranks(model_dir, tmp_path_factory):
+    """What each of two ranks saw of a server that is spread over both, and the server's log: see shared_server.py."""
+    folder = tmp_path_factory.mktemp("tp")
+    (folder / "model").symlink_to(model_dir)
+    done = script("tests/shared_server.py", str(folder), ranks=2)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    seen = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+    return SimpleNamespace(
+        seen=seen, log=(folder / "out" / "engine-0.log").read_text(), printed=done.stdout, out=folder
+    )
+
+
+def answered(two_ranks, what, version):
+    """Both ranks' prompts were answered from exactly these weights."""
+    model = shared_server.weights_of_version(version)
+    for rank, found in enumerate(two_ranks.seen):
+        for i, said in enumerate(found[what]):
+            assert not isinstance(said, str) and said.weight_version == version, said
+            assert error_of(model, shared_server.prompt_of(rank, i), said, shared_server.SAMPLING) < 1e-4
+    return [len(found[what]) for found in two_ranks.seen]
+
+
+def test_a_server_of_two_ranks_gets_a_handle_of_each_for_every_bucket(two_ranks):
+    leader, other = (found["sent"] for found in two_ranks.seen)
+    assert len(leader) > 3 and not other  # the first rank asks for both
+    wanted = dict(shared_server.weights_of_version(1).named_parameters())
+    for body, buckets_of in leader:
+        first, second = body["serialized_named_tensors"]
+        for found, handle in zip(two_ranks.seen, (first, second)):  # in the order of ranks, each of its own memory
+            assert f"/torch_{found['own pid']}_".encode() in base64.b64decode(handle)
+        assert len(buckets_of) == 2
+        for held in buckets_of:
+            assert held and all(torch.equal(tensor, wanted[name]) for name, tensor in held.items())
+    for worker in range(2):
+        assert [name for _, buckets_of in leader for name in buckets_of[worker]] == list(wanted)
+    assert [body["flush_cache"] for body, _ in leader] == [False] * (len(leader) - 1) + [True]
+    assert {(body["weight_version"], body["load_format"]) for body, _ in leader} == {("1", "flattened_bucket")}
+
+
+def test_it_answers_both_ranks_and_only_the_first_has_started_one(two_ranks):
+    assert answered(two_ranks, "first", 1) == [3, 3] and answered(two_ranks, "second", 2) == [3, 3]
+    assert [path.name for path in (two_ranks.out / "out").iterdir()] == ["engine-0.log"]
+    starts = [line for line in two_ranks.log.splitlines() if "the fake server starts" in line]
+    assert all("--tp-size 2 " in line and "--max-running-requests 16 " in line for line in starts)
+    for path in ("release", "resume"):  # once for both
+        assert two_ranks.log.count(f"POST /{path}_memory_occupation") == 1
+
+
+def test_it_is_started_again_by_the_first_rank_with_the_weights_of_both(two_ranks):
+    assert answered(two_ranks, "killed", 2) == [8, 8]
+    assert answered(two_ranks, "mended", 3) == [2, 2]
+    assert answered(two_ranks, "hung", 4) == [0, 4]  # the rank that noticed is not the one that started it
+    assert "another rank got no reply" in two_ranks.printed
+    assert [(found["life"], found["deaths"]) for found in two_ranks.seen] == [(3, 1), (3, 0)]
+    assert len(set(two_ranks.seen[0]["pids"])) == 4 and not two_ranks.seen[1]["pids"]
+
+
+def test_three_deaths_in_a_row_are_told_to_both_and_nothing_is_left(two_ranks):
+    first, second = (found["given up"] for found in two_ranks.seen)
+    assert all("died 3 times in a row" in said for said in first)
+    assert all("the server of rank 0 is given up" in said for said in second)
+    assert gone_within(1, *two_ranks.seen[0]["pids"]) and not processes_with(str(two_ranks.out))
+
+
+def processes_with(*words):
+    """Command lines that hold all these words."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in found if all(word in line for word in words)]
+
+
 # -- replies -------------------------------------------------------------------------------------------------
 
 
@@ -512,23 +588,28 @@ def script(*command, ranks=1, **environment):
     return done
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=long), 2])
-def test_grpo_through_servers_of_its_own(tiny_dir, tmp_path, ranks):
+@pytest.mark.parametrize(("ranks", "tp"), [pytest.param(1, 1, marks=long), (2, 1), (2, 2)])
+def test_grpo_through_servers_of_its_own(tiny_dir, tmp_path, ranks, tp):
     out = tmp_path / "run"
     flags = [*SMALL_GRPO.split(), "--engine-command", FAKE_SGLANG, "--model", str(tiny_dir), "--out", str(out)]
-    done = script("train.py", *flags, "--engine-sleep", ranks=ranks)
+    done = script("train.py", *flags, "--engine-sleep", "--engine-tp", str(tp), ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["weight_versions"] for line in lines] == [[0], [1]]
     assert all(line["sync_drift"] < 1e-4 and line["drift"] < 1e-4 for line in lines), lines
-    assert len(list(out.glob("engine-*.log"))) == ranks
+    assert len(list(out.glob("engine-*.log"))) == ranks // tp
     assert "--load-format dummy" in (out / "engine-0.log").read_text()
     evaluated = tmp_path / "eval"
     words = ["--model", str(out / "model"), "--out", str(evaluated), "--tasks", "2", "--num-trials", "1", "--no-floors"]
     words += ["--engine", "sglang", "--engine-command", FAKE_SGLANG, "--max-new-tokens", "16", "--max-turns", "2"]
-    done = script("eval.py", *words)
+    if tp == 1:
+        done = script("eval.py", *words)
+    else:  # also a server that reads the weights itself has the other ranks told where it is, at the start and later
+        done = script("eval.py", *words, "--engine-tp", str(tp), ranks=ranks, FAKE_SGLANG_DIES="7")
+        assert done.stdout.count("is started again") == 1
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((evaluated / "results.json").read_text())[-1]["errors"] == 0
+    assert not processes_with(str(tiny_dir), f"--tp-size {tp} ")
 
 
 @long
@@ -542,6 +623,62 @@ def test_a_server_that_dies_on_one_of_two_ranks_gets_the_weights_of_both(tiny_di
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and all(line["drift"] < 1e-4 for line in lines)
     assert not any(line["stops"].get("engine_error") for line in lines)
+
+
+@long
+def test_one_of_two_servers_of_two_ranks_each_dies_and_only_that_one_is_started_again(tiny_dir, tmp_path):
+    out = tmp_path / "run"
+    flags = [*SMALL_GRPO.split(), "--engine-command", FAKE_SGLANG, "--model", str(tiny_dir), "--out", str(out)]
+    # (The probe after each sync asks eight times.)
+    done = script("train.py", *flags, "--engine-tp", "2", ranks=4, FAKE_SGLANG_DIES="12", FAKE_SGLANG_RANK="2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "SGLang of rank 2 is lost" in done.stdout and "SGLang of rank 0 is lost" not in done.stdout
+    assert sorted(path.name for path in out.glob("engine-*.log")) == ["engine-0.log", "engine-2.log"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(line["drift"] < 1e-4 for line in lines)
+    assert not any(line["stops"].get("engine_error") for line in lines) and not processes_with(
+        str(tiny_dir), "--tp-size 2 "
+    )
+
+
+@long
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_server_of_two_ranks_is_gone_when_either_is_killed(tiny_dir, tmp_path, rank):
+    out = tmp_path / "run"
+    words = [*SMALL_GRPO.split(), "--engine-command", FAKE_SGLANG, "--model", str(tiny_dir), "--out", str(out)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    with open(tmp_path / "said", "w") as said:
+        run = subprocess.Popen(
+            [*torchrun, "train.py", *words, "--steps", "1000", "--engine-tp", "2"],
+            cwd=ROOT,
+            env={**os.environ, **FOR_THE_FAKE, "OMP_NUM_THREADS": "1"},
+            stdout=said,
+            stderr=said,
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").read_text():
+                assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()[-2000:]
+                time.sleep(0.2)
+            assert processes_with(str(tiny_dir), "--tp-size 2 ")
+            os.kill(ranks_of(run.pid)[rank], signal.SIGKILL)
+            assert run.wait(60) != 0
+        finally:
+            run.kill()
+    deadline = time.monotonic() + 15
+    while processes_with(str(tiny_dir), "--tp-size 2 ") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes_with(str(tiny_dir), "--tp-size 2 ")
+
+
+def ranks_of(torchrun):
+    """The pids of the processes that torchrun started, by rank."""
+    found = {}
+    for pid in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            names = dict(each.partition("=")[::2] for each in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+            found[int(names.get("RANK", -1))] = int(pid)
+    return found
 
 
 @long
@@ -633,6 +770,7 @@ def test_servers_that_are_there_already(tiny_dir, tmp_path):
         (("--engine-url", "localhost:30000"), "http://HOST:PORT is needed"),
         (("--engine-command", "/no/such/python -m sglang"), "died while it started"),
         (("--engine-mem", "1.5"), "--engine-mem is 1.5"),
+        (("--engine-tp", "2"), "--engine-tp 2: 1 ranks cannot form groups of 2"),
         (("--engine", "local", "--engine-sleep"), "--engine-sleep is for --engine sglang"),
     ],
 )

@@ -2,7 +2,8 @@
 
 A bucket is one buffer that is filled, passed on, and filled again once the servers have taken their copy. So the
 model never exists a second time in the trainer. To a server on the same device a bucket is lent by handle (CUDA IPC;
-shared memory on a CPU): `lend`. To servers on other GPUs rank 0 broadcasts it, to all at once: `Broadcaster`.
+shared memory on a CPU): `lend`. To servers on other GPUs rank 0 broadcasts it, to all at once: `Broadcaster`. A server
+may be spread over several GPUs (tensor parallelism, `tp`); then each of its workers takes its part of whole tensors.
 
     POST /update_weights_from_tensor, /init_weights_update_group, /update_weights_from_distributed,
     /destroy_weights_update_group
@@ -100,26 +101,33 @@ def serialize(bucket: Bucket) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def lend(weights: Weights, dtype: torch.dtype, url: str, version: int, timeout: float, *, wanted: bool) -> Outcome:
-    """Hand weights over to the server at `url`, which is on this rank's device, if they are wanted there.
+def lend(
+    weights: Weights, dtype: torch.dtype, url: str, version: int, timeout: float, *, wanted: bool, tp: int = 1
+) -> Outcome:
+    """Hand weights over to the server at `url`, on the devices of this rank's group of `tp` ranks, if they are wanted
+    there: the group's first rank says so, asks, and has the others know what went wrong.
 
-    All ranks iterate the weights to the end, whether they send or not: each holds a part of them.
+    All ranks iterate the weights to the end, whether they send or not: each holds a part of them. A handle is good on
+    the device where the bucket is, so that each rank of a group makes its own, for the worker there.
     """
-    problem, sent = "", 0
+    wanted, problem, sent = parallel.gather_group(wanted, tp)[0], "", 0
     for bucket in buckets(weights, dtype, parallel.device()):
         sent += len(bucket.tensors)
-        if not wanted or problem:
-            continue
-        body = {
-            "serialized_named_tensors": [serialize(bucket)],
-            "load_format": "flattened_bucket",
-            "flush_cache": bucket.last,
-            "weight_version": str(version),
-        }
-        try:
-            request(f"{url}/update_weights_from_tensor", body, timeout=timeout)
-        except (NoAnswer, Refused) as error:
-            problem = str(error)
+        lent = wanted and not problem
+        handles = parallel.gather_group(serialize(bucket) if lent else "", tp)
+        if lent and parallel.rank() % tp == 0:
+            body = {
+                "serialized_named_tensors": handles,  # worker i opens the i-th
+                "load_format": "flattened_bucket",
+                "flush_cache": bucket.last,
+                "weight_version": str(version),
+            }
+            try:
+                request(f"{url}/update_weights_from_tensor", body, timeout=timeout)
+            except (NoAnswer, Refused) as error:
+                problem = str(error)
+        # Also what keeps a group's buckets as they are until the server has answered.
+        problem = parallel.gather_group(problem, tp)[0]
     assert sent, "the weights of a sync must be there to be iterated again"
     return wanted and not problem, problem
 
@@ -128,12 +136,13 @@ class Broadcaster:
     """Brings weights to servers on other GPUs; rank 0 sends, the other ranks give their parts.
 
     The servers and rank 0 are a process group, which is made anew when others want weights than the last time: a
-    server that was started again is another one.
+    server that was started again is another one. tp: GPUs of each server, every one of them a member.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tp: int = 1) -> None:
+        self.tp = tp
         self.group: parallel.Broadcast | None = None
-        self.members: list[str] = []  # URLs, in the order of their ranks 1, 2, ...
+        self.members: list[str] = []  # URLs, in the order of their ranks: 1 to tp, and so on
 
     def hand_over(
         self, weights: Weights, dtype: torch.dtype, url: str, version: int, timeout: float, *, wanted: bool
@@ -178,7 +187,7 @@ class Broadcaster:
             return {}
         self.part()
         # (The servers' answers have a deadline. NCCL's own must come after it: it ends the process.)
-        self.group, self.members = parallel.Broadcast(len(urls), 2 * timeout + GRACE), urls
+        self.group, self.members = parallel.Broadcast(self.tp * len(urls), 2 * timeout + GRACE), urls
         join = {
             "master_address": parallel.LOOPBACK,
             "master_port": self.group.port,
@@ -186,7 +195,7 @@ class Broadcaster:
             "group_name": self.group.name,
             "backend": self.group.backend,
         }
-        bodies = [{**join, "rank_offset": rank} for rank in range(1, self.group.size)]
+        bodies = [{**join, "rank_offset": rank} for rank in range(1, self.group.size, self.tp)]
         return self.together("init_weights_update_group", bodies, self.group.join, timeout)
 
     def part(self) -> None:

@@ -17,6 +17,7 @@ from minitau.checkpoint import read_config
 from minitau.engines.server import HOST, Server
 from minitau.engines.sglang import SGLangEngine
 from minitau.episode import BadInput
+from minitau.model import ModelConfig
 
 CONTEXT_SLACK = 8  # tokens beyond our own limit, so that the server's never cuts a reply
 # A tiny model's config may name fewer positions than it is asked for; RoPE has no such limit.
@@ -33,19 +34,24 @@ def open_sglang(cfg: Any, stop_ids: Iterable[int], takes_weights: bool) -> SGLan
     """
     check(cfg, takes_weights)
     urls, server = cfg.engine_url, None
-    host = host_of_rank(cfg.engine_gpus, takes_weights) if cfg.engine_gpus else None
+    host, own_gpus = host_of_rank(cfg, takes_weights), bool(cfg.engine_gpus)
+    if host is not None and not own_gpus:
+        torch.cuda.empty_cache()
+        parallel.barrier()  # what all its ranks load is loaded: it takes its part of what is free on each of their GPUs
     if not urls and host in (None, parallel.rank()):
         server = Server(
             lambda port: launch_command(cfg, port, takes_weights),
             Path(cfg.out) / f"engine-{parallel.rank()}.log",
             f"SGLang of rank {parallel.rank()}",
-            environment=ENVIRONMENT | ({} if host is None else {k: os.environ.get(k, v) for k, v in NCCL_MODE.items()}),
+            environment=ENVIRONMENT | ({k: os.environ.get(k, v) for k, v in NCCL_MODE.items()} if own_gpus else {}),
         )
     engine = SGLangEngine(
         server,
         stop_ids,
         url=urls[parallel.rank() % len(urls)] if urls else "",
         host=host,
+        tp=cfg.engine_tp,
+        own_gpus=own_gpus,
         vocab_size=read_config(cfg.model).vocab_size,
         max_context=cfg.max_tokens + 1,
         dtype=getattr(torch, cfg.dtype),
@@ -55,6 +61,8 @@ def open_sglang(cfg: Any, stop_ids: Iterable[int], takes_weights: bool) -> SGLan
     )
     if urls and not takes_weights:
         engine.load(cfg.model)
+    elif not takes_weights and host is not None:
+        engine.hand_over(0)
     return engine
 
 
@@ -67,44 +75,75 @@ def check(cfg: Any, takes_weights: bool) -> None:
     if takes_weights and cfg.engine_url and len(cfg.engine_url) != parallel.world_size():
         count = f"{len(cfg.engine_url)} servers; each of {parallel.world_size()} ranks needs its own"
         raise BadInput(f"--engine-url names {count}")
-    host = host_of_rank(cfg.engine_gpus, takes_weights) if cfg.engine_gpus else None
-    if not cfg.engine_url and host in (None, parallel.rank()):
+    if cfg.engine_tp > 1:
+        check_tp(cfg.engine_tp, 0 if cfg.engine_gpus else parallel.world_size(), read_config(cfg.model))
+    if not cfg.engine_url and host_of_rank(cfg, takes_weights) in (None, parallel.rank()):
         launch_command(cfg, 0, takes_weights)
 
 
-def host_of_rank(gpus: Sequence[str], takes_weights: bool) -> int:
-    """The rank whose server this rank asks: server i is of rank i, on GPU number i of `gpus`, and rank r asks server
-    r modulo their number. Raises BadInput for GPUs that are not free for them."""
-    ranks = parallel.world_size()
+def check_tp(tp: int, ranks: int, shape: ModelConfig) -> None:
+    """Raise BadInput if so many ranks are no groups of `tp`, or the model cannot be cut into `tp` equal parts."""
+    if ranks % tp:
+        raise BadInput(f"--engine-tp {tp}: {ranks} ranks cannot form groups of {tp}, each with a server on its GPUs")
+    parts = {"key/value heads": shape.num_key_value_heads, "columns of an MLP": shape.intermediate_size}
+    for what, count in parts.items():
+        if count % tp:
+            raise BadInput(f"--engine-tp {tp} does not divide the {count} {what} of the model")
+
+
+def gpu_groups(gpus: Sequence[str], tp: int) -> list[list[int]]:
+    """The GPUs of each server. Raises BadInput if they are not `tp` that follow each other, as SGLang takes them."""
+    groups = [[int(gpu) for gpu in gpus[i : i + tp]] for i in range(0, len(gpus), tp)]
+    if any(group != list(range(group[0], group[0] + tp)) for group in groups):
+        raise BadInput(
+            f"--engine-gpus {','.join(gpus)}: each server needs --engine-tp {tp} GPUs that follow each other"
+        )
+    return groups
+
+
+def host_of_rank(cfg: Any, takes_weights: bool) -> int | None:
+    """The rank whose server this rank asks; None if each has its own.
+
+    Every --engine-tp ranks that follow each other ask the first one's. With --engine-gpus server i is of rank i, on
+    as many of those GPUs, and rank r asks server r modulo their number. Raises BadInput for GPUs that are not free.
+    """
+    if not cfg.engine_gpus:
+        return parallel.rank() // cfg.engine_tp * cfg.engine_tp if cfg.engine_tp > 1 else None
+    gpus, tp, ranks = cfg.engine_gpus, cfg.engine_tp, parallel.world_size()
     mine = {str(rank) for rank in range(ranks)} & set(gpus) if takes_weights else set()
     if mine:
         raise BadInput(
             f"--engine-gpus {','.join(gpus)}: GPUs 0 to {ranks - 1} are for the {ranks} ranks that train; name others"
         )
-    if len(gpus) > ranks or (len(gpus) < ranks and not takes_weights):
+    groups = gpu_groups(gpus, tp)
+    if len(groups) > ranks or (len(groups) < ranks and not takes_weights):
+        on = "each GPU" if tp == 1 else f"every {tp}"
         raise BadInput(
-            f"--engine-gpus names {len(gpus)} GPUs for {ranks} ranks: a server on each GPU, and for each rank one "
-            f"server, which ranks that train may share"
+            f"--engine-gpus names {len(gpus)} GPUs for {ranks} ranks: a server on {on}, and for each rank one server, "
+            f"which ranks that train may share"
         )
     if parallel.device().type == "cuda" and (beyond := [gpu for gpu in gpus if int(gpu) >= torch.cuda.device_count()]):
         raise BadInput(f"--engine-gpus: there is no GPU {beyond[0]} among the {torch.cuda.device_count()} visible ones")
-    return parallel.rank() % len(gpus)
+    return parallel.rank() % len(groups)
 
 
 def launch_command(cfg: Any, port: int, takes_weights: bool) -> list[str]:
     """How this rank's server is started on `port`. Raises BadInput if SGLang is not installed."""
-    guests = -(-parallel.world_size() // len(cfg.engine_gpus)) if cfg.engine_gpus else 1
+    tp, gpus = cfg.engine_tp, cfg.engine_gpus
+    askers = -(-parallel.world_size() // (len(gpus) // tp)) if gpus else tp  # ranks
     flags = {
         "--model-path": cfg.model,
         "--host": HOST,
         "--port": port,
-        "--base-gpu-id": cfg.engine_gpus[parallel.rank()] if cfg.engine_gpus else parallel.device().index or 0,
+        "--base-gpu-id": gpus[parallel.rank() * tp] if gpus else parallel.device().index or 0,
         "--dtype": cfg.dtype,
         "--context-length": cfg.max_tokens + CONTEXT_SLACK,
         "--mem-fraction-static": cfg.engine_mem,
-        "--max-running-requests": cfg.concurrency * guests,
+        "--max-running-requests": cfg.concurrency * askers,
         "--random-seed": cfg.seed + parallel.rank(),
     }
+    if tp > 1:
+        flags["--tp-size"] = tp
     if takes_weights:
         flags["--load-format"] = "dummy"  # they are sent anyway
     switches = ["--skip-tokenizer-init", "--skip-server-warmup"]

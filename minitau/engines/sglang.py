@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,10 @@ class SGLangEngine(Upkeep):
     """An Engine over one server.
 
     server: one of ours, not started yet, or None for one that already runs at `url`, or that another rank starts.
-    host: the rank whose server this rank asks, on a GPU where no rank trains; it may be this one. None for a server
-    that is this rank's alone, on its own device. A host tends its server for its guests as well.
+    host: the rank whose server this rank asks; it may be this one. None for a server that is this rank's alone, on its
+    own device. A host tends its server for its guests as well.
+    tp: GPUs that the server is spread over: those of its host and guests, `tp` ranks that follow each other; or, with
+    own_gpus, some where no rank trains, so that weights are broadcast.
     stop_ids: tokens that end a reply. vocab_size, max_context: what a prompt may hold, and tokens of one session.
     dtype: of the weights on the server. timeout: seconds until a start, or a reply, counts as not coming.
     takes_weights: False if the server's own, from its model's directory, are the ones to sample from.
@@ -53,6 +56,8 @@ class SGLangEngine(Upkeep):
         *,
         url: str = "",
         host: int | None = None,
+        tp: int = 1,
+        own_gpus: bool = False,
         vocab_size: int,
         max_context: int,
         dtype: torch.dtype,
@@ -61,8 +66,8 @@ class SGLangEngine(Upkeep):
         sleeps: bool = False,
     ):
         super().__init__(server, url, host, takes_weights=takes_weights, timeout=timeout)
-        self.broadcaster = Broadcaster()
-        self.carry = lend if host is None else self.broadcaster.hand_over
+        self.broadcaster = Broadcaster(tp)
+        self.carry = self.broadcaster.hand_over if own_gpus else partial(lend, tp=tp)
         self.stop_ids = sorted(stop_ids)
         self.vocab_size, self.max_context = vocab_size, max_context
         self.dtype = dtype
@@ -143,13 +148,19 @@ class SGLangEngine(Upkeep):
         """Give the KV cache's memory back until the next sync, if the engine was opened to do so. Until then
         nothing may be asked: it would hang."""
         if self.sleeps:
-            self.control("release_memory_occupation", KV_CACHE)
+            if self.leads:
+                self.control("release_memory_occupation", KV_CACHE)
+            if self.host is not None:
+                parallel.barrier()  # a guest must not train before the memory is there
             self.asleep = True
 
     def wake(self) -> None:
         if self.asleep:
             torch.cuda.empty_cache()  # what training left cached in this process is not free for the server
-            self.control("resume_memory_occupation", KV_CACHE)
+            if self.host is not None:
+                parallel.barrier()  # it is free on the guests' GPUs as well
+            if self.leads:
+                self.control("resume_memory_occupation", KV_CACHE)
             self.asleep = False
 
     def close(self) -> None:
@@ -205,11 +216,13 @@ class SGLangEngine(Upkeep):
 
     def hand_over(self, version: int) -> str:
         """Bring the weights, which are now of `version`, to every server that has none; all ranks together. What went
-        wrong with this rank's, if anything did."""
+        wrong with this rank's, if anything did. Where none takes weights, guests only learn where theirs is."""
         if self.host is not None:
             self.find_host()
+        if not self.takes_weights:
+            return self.given_up
         # (A guest's host asks for both; a server that is still being started gets its weights after that.)
-        wanted = not (self.ready or self.down or self.given_up) and (self.host is None or self.server is not None)
+        wanted = self.leads and not (self.ready or self.down or self.given_up)
         has, problem = self.carry(self.weights, self.dtype, self.url, version, self.timeout, wanted=wanted)
         if has:
             with self.changed:

@@ -1,7 +1,8 @@
 """A server that stays up: whoever finds it dead or hanging has it started again, and the others wait.
 
 Most servers are asked by one rank alone. With fewer servers than ranks a server has a host, the rank that starts it,
-and guests, which say to their host that it is lost and are told where it is afterwards. It knows nothing of models.
+and guests, which say to their host that it is lost, are told that it is down and where it is afterwards. It knows
+nothing of models.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from minitau.episode import EngineError
 
 DEATHS = 3  # in a row: then the server is not started again
 LONG_LIFE = 600.0  # seconds: a server that lived so long does not die in a row with the one before
-# What ranks announce to each other. The last two are said of the server of a rank, in one of its lives.
+# What ranks announce to each other. All but the first are said of the server of a rank, LOST and DOWN of one life.
 RESTARTED = "a server was started anew"
 LOST = "the server of rank {} is lost in its life {}"
+DOWN = "the server of rank {} is down after its life {}"
 GIVEN_UP = "the server of rank {} is given up"
 
 
@@ -31,11 +33,12 @@ class Upkeep:
     ) -> None:
         self.server, self.fixed_url, self.host = server, url.rstrip("/"), host
         self.takes_weights, self.timeout = takes_weights, timeout
+        self.joint = takes_weights or host is not None  # after a start all ranks bring it weights, or learn where it is
         self.version = 0  # of the server's weights
         self.changed = threading.Condition()
         self.life = 0  # counts the server's starts: who lost a request says in which life
         self.deaths = 0  # since the last sync
-        self.ready = not takes_weights  # it stands, with the weights of `version`
+        self.ready = not self.joint  # it stands, with the weights of `version`
         self.down = False  # it is being started again
         self.mending = False  # a thread looks after it
         self.given_up = ""  # why nothing more will come
@@ -47,6 +50,11 @@ class Upkeep:
     @property
     def url(self) -> str:
         return self.server.url if self.server else self.fixed_url
+
+    @property
+    def leads(self) -> bool:
+        """True but for a guest: this rank speaks for all who ask the server."""
+        return self.server is not None or self.host is None
 
     def wait_until_ready(self) -> tuple[int, int]:
         """Wait for a server with weights to sample from; the life it is in, and their version.
@@ -72,7 +80,7 @@ class Upkeep:
             self.mending = True
         try:
             self.mend(why)
-            if self.server and self.takes_weights:
+            if self.server and self.joint:
                 parallel.announce(RESTARTED)
         finally:
             with self.changed:
@@ -87,13 +95,14 @@ class Upkeep:
         if self.given_up or not self.server:
             if self.given_up or self.host is None:
                 return self.give_up(f"{self.url} takes no weights: {why}")
-            with self.changed:
-                self.ready = False
+            self.step_aside()
             return parallel.announce(LOST.format(self.host, self.life))
         if self.server.age() > LONG_LIFE + self.timeout:  # (a server that hangs is noticed so much later)
             self.deaths = 0
         with self.changed:
             self.ready, self.down = False, True
+        if self.host is not None:
+            parallel.announce(DOWN.format(self.host, self.life))
         while not self.given_up:
             self.deaths += 1
             words = self.server.last_words()
@@ -109,7 +118,7 @@ class Upkeep:
                 continue
             with self.changed:
                 self.life += 1
-                self.ready, self.down = not self.takes_weights, False
+                self.ready, self.down = not self.joint, False
                 return self.changed.notify_all()
 
     def give_up(self, why: str) -> None:
@@ -129,13 +138,25 @@ class Upkeep:
             if not self.server:
                 if parallel.was_announced(GIVEN_UP.format(self.host)):
                     self.give_up(f"the server of rank {self.host} is given up: that rank and the server's log say why")
+                if self.ready and parallel.was_announced(DOWN.format(self.host, self.life)):
+                    self.step_aside()
             elif parallel.was_announced(LOST.format(self.host, self.life)):
                 self.lost(self.life, "another rank got no reply")
+
+    def step_aside(self) -> None:
+        """A guest's part while its server is started again: ask nothing, and leave free what training left cached. A
+        server that is spread over GPUs takes what is free on the fullest, and refuses if another has much more."""
+        with self.changed:
+            self.ready = False
+        torch.cuda.empty_cache()
 
     def find_host(self) -> None:
         """Learn where the host's server is now, and in which life; a new one has no weights. All ranks together."""
         url, life, down = parallel.gather((self.url, self.life, self.down))[self.host]
-        if not self.server:
-            with self.changed:
+        with self.changed:
+            if not self.server:
                 self.ready = self.ready and life == self.life and not down
                 self.fixed_url, self.life = url, life
+            if not self.takes_weights:  # nothing else is to come (a host may have lost it again since)
+                self.ready = life == self.life and not (down or self.down)
+                self.changed.notify_all()
