@@ -88,8 +88,8 @@ class Case:
 def peak_bytes(shape: ModelConfig, tokens: int, ranks: int, recomputed: int) -> int:
     """What training alone takes at its height: as torch.cuda.max_memory_allocated() over updates of at least two
     micro-batches of `tokens`, with so many blocks recomputed."""
-    kept = (shape.num_hidden_layers - recomputed) * tokens
-    return memory.needs(shape, tokens, ranks).total + kept * bytes_to_keep(shape)
+    of_block = tokens * bytes_to_keep(shape) + memory.kept_weights(shape, ranks)
+    return memory.needs(shape, tokens, ranks).total + (shape.num_hidden_layers - recomputed) * of_block
 
 
 def bytes_to_keep(shape: ModelConfig) -> int:
@@ -184,7 +184,12 @@ def keep(case: Case) -> float:
     """As memory.tokens_to_keep."""
     if case.cfg.recompute != "auto":
         return 0.0 if case.cfg.recompute == "all" else math.inf
-    return max(0.0, room(case) / bytes_to_keep(case.shape))
+    return max(0.0, (room(case) - weights_to_keep(case)) / bytes_to_keep(case.shape))
+
+
+def weights_to_keep(case: Case) -> int:
+    """Bytes beside those of tokens, if no block is recomputed."""
+    return case.shape.num_hidden_layers * memory.kept_weights(case.shape, case.ranks)
 
 
 def problems(case: Case) -> list[str]:
@@ -193,7 +198,7 @@ def problems(case: Case) -> list[str]:
     if (left := room(case)) < 0:
         found.append(f"an update needs {gb(-left)} more than a GPU has, even with every block recomputed")
     elif case.cfg.recompute == "none":
-        wanted = shape.num_hidden_layers * case.cfg.micro_batch_tokens * bytes_to_keep(shape)
+        wanted = shape.num_hidden_layers * case.cfg.micro_batch_tokens * bytes_to_keep(shape) + weights_to_keep(case)
         if wanted > left:
             found.append(f"--recompute none needs {gb(wanted - left)} more than a GPU has")
     if (mean := length(case.told, case.told.turns)) > case.limit:

@@ -55,6 +55,12 @@ def kept_by_recomputed(cfg: ModelConfig) -> int:
     return HALF * cfg.hidden_size
 
 
+def kept_weights(cfg: ModelConfig, ranks: int) -> int:
+    """Bytes that a block keeps beside them: its weights in bf16, where one GPU rounds them as it uses them. (Several
+    gather them a second time.)"""
+    return HALF * block_parameters(cfg) if ranks == 1 else 0
+
+
 @dataclass(frozen=True)
 class Needs:
     """Bytes on one GPU at the height of an update."""
@@ -75,8 +81,7 @@ def needs(cfg: ModelConfig, tokens: int, ranks: int, compiled: bool = True) -> N
     """Of training on micro-batches of `tokens` over `ranks` GPUs, if every block is computed again in backward, from
     the second micro-batch of an update on: before it there are no gradients."""
     whole, block, embedding = parameters(cfg), block_parameters(cfg), cfg.vocab_size * cfg.hidden_size
-    # Several ranks have two blocks at a time, one alone all of them (see parallel.shard).
-    in_use = whole if ranks == 1 else whole - (cfg.num_hidden_layers - 2) * block
+    in_use = whole - (cfg.num_hidden_layers - 2) * block  # two blocks at a time
     # The logits in bf16 and their gradient; what is not compiled holds four more of them at a time, in fp32.
     of_logit = 2 * HALF + (0 if compiled else 16)
     of_head = of_logit * min(head.LOGITS["cuda"], tokens * cfg.vocab_size) + (4 + HALF) * embedding
@@ -105,5 +110,6 @@ def tokens_to_keep(
     own = sum(parallel.local(parameter).numel() for parameter in model.parameters())
     need, wide = needs(model.cfg, tokens, parallel.world_size(), model.compiled), dtype.itemsize / HALF
     to_come = own * (GRADIENT + (0 if optimizer.state else ADAM)) + wide * (need.gathered + need.inputs + need.working)
+    to_come += model.cfg.num_hidden_layers * kept_weights(model.cfg, parallel.world_size())  # as if all kept theirs
     room = free - to_come - SLACK * total
     return max(0.0, room / wide / (kept_by_block(model.cfg, model.compiled) - kept_by_recomputed(model.cfg)))

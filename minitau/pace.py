@@ -6,8 +6,10 @@ nothing; it knows a model by its shape, and no settings but those of the dry run
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
+from random import Random
 from typing import NamedTuple
 
 from minitau import batch, config, memory
@@ -25,10 +27,12 @@ class Gpu(NamedTuple):
 GPUS = {"h100": Gpu("H100 80GB", 81_559 << 20, 3.35e12), "h200": Gpu("H200", 143_771 << 20, 4.8e12)}
 PEAK_FLOPS = 989e12  # dense bf16 of either, datasheet
 # Measured, each on H200s with random weights of the 4B shape:
-MFU_KEPT = 0.517  # benchmarks/trainer.py --parts speed, one GPU, 16k tokens, nothing recomputed; AdamW is in it
-MFU_RECOMPUTED = 0.412  # the same, every block recomputed
+MFU_KEPT = 0.520  # benchmarks/trainer.py --parts speed, one GPU, 16k tokens, nothing recomputed; AdamW is in it
+MFU_RECOMPUTED = 0.428  # the same, every block recomputed
+MFU_FORWARD = 0.62  # of log-probabilities: benchmarks/whole_step.py, on two GPUs
 DECODE = 0.98  # part of the bandwidth at which SGLang 0.5.16 reads weights and cache: 5.7k tokens/s, 64 at once of 4.7k
 PREFILL = 0.47  # part of the peak: 58k tokens/s, same server (with decoding: 4.7k output tokens/s at 512 in, 256 out)
+SHARED = 2.85  # times as long as alone takes a reply with customers' servers on the same GPUs: benchmarks/whole_step.py
 SYNC = 8.04e9 / 0.067  # bytes/s to a server: benchmarks/engine.py, one GPU
 GATHER = 4.02e9 / 0.012  # bytes/s that a GPU gets of others' FSDP2 shards: the same, two GPUs with NVLink
 SEVERAL = 0.95  # of one GPU's speed where FSDP2 moves weights and gradients: benchmarks/trainer.py, two GPUs
@@ -77,9 +81,9 @@ def update_seconds(
 
     def seconds(indices: Sequence[int]) -> float:
         packed = [lengths[i] for i in indices]
-        again = recomputed(shape, keep, sum(packed)) / shape.num_hidden_layers if packed and not forward_only else 0.0
-        work = flops(shape, packed, sum(said[i] for i in indices)) / (3 if forward_only else 1)
-        return work / (PEAK_FLOPS * mfu(again) * (SEVERAL if ranks > 1 else 1))
+        again = recomputed(shape, keep, sum(packed)) / shape.num_hidden_layers if packed else 0.0
+        work = flops(shape, packed, sum(said[i] for i in indices)) / PEAK_FLOPS
+        return work / 3 / MFU_FORWARD if forward_only else work / (mfu(again) * (SEVERAL if ranks > 1 else 1))
 
     return sum(max(seconds(of_rank) for of_rank in at_once) for at_once in zip(*bins))
 
@@ -100,25 +104,50 @@ def length(told: config.DryRun, turns: int) -> int:
     return told.opening_tokens + turns * (told.said_tokens + told.heard_tokens)
 
 
-def turn_seconds(shape: ModelConfig, gpu: Gpu, contexts: Sequence[int], told: config.DryRun, tp: int = 1) -> float:
+def reply_seconds(
+    shape: ModelConfig, gpu: Gpu, contexts: Sequence[int], told: config.DryRun, *, tp: int = 1, shared: bool = False
+) -> float:
     """Of one reply in each of the conversations of these lengths, on one engine: every token that is said reads all
-    weights and cache once, what was heard is computed, and the customer takes as long for all. Over `tp` GPUs it is
-    divided as if they had nothing to say to each other, which nobody has measured here."""
+    weights and cache once, and what was heard is computed. Over `tp` GPUs it is divided as if they had nothing to say
+    to each other, which nobody has measured here. shared: with customers on the same GPUs."""
     reads = HALF * memory.parameters(shape) + sum(contexts) * cache_bytes(shape)
     prefill = tp * PREFILL * PEAK_FLOPS / (2 * memory.parameters(shape))  # tokens a second
     said = told.said_tokens * reads / (tp * DECODE * gpu.bandwidth)
-    return said + len(contexts) * told.heard_tokens / prefill + told.user_seconds
+    return (said + len(contexts) * told.heard_tokens / prefill) * (SHARED if shared else 1)
 
 
 def round_seconds(
-    shape: ModelConfig, gpu: Gpu, turns: Sequence[int], at_once: int, told: config.DryRun, tp: int = 1
+    shape: ModelConfig,
+    gpu: Gpu,
+    turns: Sequence[int],
+    at_once: int,
+    told: config.DryRun,
+    *,
+    tp: int = 1,
+    shared: bool = False,
 ) -> float:
-    """Of conversations of so many replies on one engine, at most `at_once` at a time, one starting where another ends.
-    (An opening is computed once and then cached: too little to count.)"""
-    waiting, playing, seconds = list(turns), [], 0.0  # of those who play: (replies done, in all)
+    """Of conversations of so many replies on one engine, at most `at_once` at a time, one starting where another ends,
+    each at its own pace. A reply and the wait for its customer take longer or shorter than the mean as if each token
+    could be the last (`vary`), so that the longest conversation, for which all wait, is one of long replies. (An
+    opening is computed once and then cached: too little to count.)"""
+    rng, waiting, now = Random(0), list(turns), 0.0
+    playing: list[tuple[float, int, int, int]] = []  # when its turn ends, its number, replies done by then, and in all
+    lengths: dict[int, int] = {}
     while waiting or playing:
-        while waiting and len(playing) < at_once:
-            playing.append((0, waiting.pop(0)))
-        seconds += turn_seconds(shape, gpu, [length(told, done) for done, _ in playing], told, tp)
-        playing = [(done + 1, of) for done, of in playing if done + 1 < of]
-    return seconds
+        if waiting and len(playing) < at_once:
+            number, done, of = len(waiting), 0, waiting.pop(0)
+        else:
+            now, number, done, of = heapq.heappop(playing)
+        if done == of:
+            del lengths[number]
+            continue
+        lengths[number] = length(told, done)
+        reply = reply_seconds(shape, gpu, list(lengths.values()), told, tp=tp, shared=shared)
+        turn = reply * vary(rng) + told.user_seconds * vary(rng)
+        heapq.heappush(playing, (now + turn, number, done + 1, of))
+    return now
+
+
+def vary(rng: Random) -> float:
+    """Exponential with mean 1."""
+    return rng.expovariate(1.0)

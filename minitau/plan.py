@@ -61,18 +61,19 @@ def at_once(case: Case, conversations: int) -> int:
 def rollout(case: Case, rounds: Sequence[int], attempts: int) -> Part:
     """Rounds of so many tasks, one after the other; each takes as long as the engine that has the longest."""
     engines, seconds = case.engines, 0.0
+    engine_is = {"tp": case.tp, "shared": case.customers and case.guest}
     for tasks in rounds:
         turns = pace.turns_of(tasks * attempts, case.told.turns, longest(case))
         theirs = turns[::-1][::engines]
         theirs = Random(0).sample(theirs, len(theirs))  # nobody knows beforehand which they are
-        seconds += pace.round_seconds(case.shape, case.gpu, theirs, at_once(case, len(turns)), case.told, case.tp)
+        seconds += pace.round_seconds(case.shape, case.gpu, theirs, at_once(case, len(turns)), case.told, **engine_is)
     most, told = at_once(case, rounds[0] * attempts), case.told
     whole = pace.length(told, told.turns)
     over = f" over {case.tp} GPUs, as if they had nothing to say to each other" if case.tp > 1 else ""
-    reply = pace.turn_seconds(case.shape, case.gpu, [whole] * most, told, case.tp)
+    turn = pace.reply_seconds(case.shape, case.gpu, [whole] * most, told, **engine_is) + told.user_seconds
     how = (
         f"{' + '.join(map(str, rounds))} tasks x {attempts}, {many(engines, 'engine')}{over}, {most} at once on each, "
-        f"{longest(case)} turns at most; a turn {reply:.2f} s at {whole:,} tokens"
+        f"{longest(case)} turns at most; a turn {turn:.2f} s on average at {whole:,} tokens"
     )
     return Part("rollout", seconds, how)
 
@@ -94,7 +95,7 @@ def updates(case: Case, conversations: int, parts: int = 1) -> list[Part]:
     again = pace.recomputed(shape, keep(case), cfg.micro_batch_tokens)
     speed = f"{case.ranks} x {pace.PEAK_FLOPS / 1e12:.0f} TFLOP/s x MFU {pace.mfu(again / shape.num_hidden_layers):.2f}"
     several = f" x {pace.SEVERAL:g}" if case.ranks > 1 else ""
-    how = f"{passes} x a third of the update's FLOP, at MFU {pace.MFU_KEPT:g}{several}"
+    how = f"{passes} x a third of the update's FLOP, at MFU {pace.MFU_FORWARD:g}"
     scoring = Part("log-probabilities", seconds[0], how)
     flop = pace.flops(shape, [pace.length(told, n) for n in turns], told.said_tokens * sum(turns))
     how = (
@@ -210,8 +211,8 @@ def times(case: Case) -> list[str]:
     lines += table("Time of a step, s", [*parts, Part("in all", seconds, how)])
     return [
         *lines,
-        "Not counted: starting (loading, compilation, servers), grading, and what customers on the same GPUs take from",
-        "the engine. H100 and H200 differ here in memory and bandwidth only.",
+        "Not counted: starting (loading, compilation, servers), grading, and customers who have to be asked again. H100 and",
+        "H200 differ here in memory and bandwidth only.",
     ]
 
 
