@@ -211,8 +211,8 @@ def times(case: Case) -> list[str]:
     lines += table("Time of a step, s", [*parts, Part("in all", seconds, how)])
     return [
         *lines,
-        "Not counted: starting (loading, compilation, servers), grading, and customers who have to be asked again. H100 and",
-        "H200 differ here in memory and bandwidth only.",
+        "Not counted: starting (loading, compilation, servers), grading, and customers who have to be asked again.",
+        "H100 and H200 differ here in memory and bandwidth only.",
     ]
 
 

@@ -179,8 +179,9 @@ def varlen_stand_in(q, k, v, cu_q, cu_k, longest, same, *, window_size, enable_g
 
 
 @pytest.mark.parametrize("kernel", [attention.flash_attn_4, attention.torch_varlen])
-def test_blocks_are_compiled_once_each_for_keeping_recomputing_and_no_gradients(monkeypatch, flash_attn, graphs, kernel):
-    """For all layers, lengths and numbers of sequences; and it is the same function."""
+def test_blocks_are_compiled_thrice(monkeypatch, flash_attn, graphs, kernel):
+    """For what is kept, for what is recomputed and for no gradients; each for all layers, lengths and numbers of
+    sequences. And it is the same function."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_stand_in)
     as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(attention, "kernel", lambda: kernel)
