@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 2 -m benchmarks.engine ...        # a server a rank, weights sharded over both
     python -m benchmarks.engine --engine-gpus 1 ...             # the server on a GPU of its own, weights by NCCL
 
-starts a server a rank with a random Qwen3 of 4B parameters, of which the trainer (fp32 weights under FSDP2, bf16
-compute) holds its own copy, and prints one JSON object, of rank 0 where nothing else is said; `--parts` chooses:
+starts a server a rank with a random Qwen3 of 4B parameters, of which the trainer (fp32 weights, sharded over several
+ranks, bf16 compute) holds its own copy, and prints one JSON object, of rank 0 where nothing else is said; `--parts` chooses:
 
 sync      seconds of a whole sync, on the rank where each takes longest; the most memory that 50 took beside what was
           there before them, and what they leave behind; where the time goes (slower, for it waits after each part)
@@ -227,7 +227,8 @@ def from_fp32(
     and the same they could still not be nearer to each other than the engine is to fp32."""
     with torch.device(parallel.device()):
         exact = Qwen3(both.run.model.cfg)
-    exact.load_state_dict({name: tensor.float() for name, tensor in weights}, strict=False)
+    dtype = getattr(torch, both.cfg.dtype)
+    exact.load_state_dict({name: tensor.to(dtype).float() for name, tensor in weights})
     mbs = [probe.sampled(engine, both.run, version) for _ in range(4)]
     gaps: dict[str, list[torch.Tensor]] = {"engine": [], "trainer": [], "engine_from_trainer": []}
     for mb in mbs:

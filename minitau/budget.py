@@ -157,13 +157,12 @@ def memory_parts(case: Case) -> list[Part]:
     asleep = getattr(case.cfg, "engine_sleep", False)
     there = case.guest and case.stage == "grpo"  # RFT's has gone when training begins
     servers = [part for part in engine(case) if not (asleep and "cache" in part.name)] if there else []
-    gathered = "the model" if case.ranks == 1 else "embeddings and two blocks"
     return [
         *lodgers(case),
         *servers,
         *resting(case),
         Part("gradients", needs.gradients, f"{GRADIENT} bytes x {count_of(shape)}{ranks_of(case)}"),
-        Part("gathered", needs.gathered, f"bf16 of {gathered}, two blocks' gradients"),
+        Part("gathered", needs.gathered, "bf16 of embeddings and two blocks, two blocks' gradients"),
         Part("kept inputs", needs.inputs, f"{tokens:,} tokens x {needs.inputs // tokens:,} bytes"),
         Part("working", needs.working, "the backward of the head, or of a block that is recomputed"),
         Part("left alone", SLACK * case.gpu.memory, f"{SLACK:g} x {gb(case.gpu.memory)}"),

@@ -69,19 +69,17 @@ class WeightedLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.weight_dtype, weight_VD = weight_VD.dtype, weight_VD.to(hidden_ND.dtype)
         logprobs_N, entropy_N = (torch.empty_like(weights_N) for _ in range(2))
-        if trains := any(ctx.needs_input_grad):
-            grad_hidden_ND = torch.empty_like(hidden_ND)
-            grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-            ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
+        grad_hidden_ND = torch.empty_like(hidden_ND)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         for rows in row_chunks(targets_N, len(weight_VD)):
             logits = F.linear(hidden_ND[rows], weight_VD)
             found = fused(statistics, logits.device.type)(logits, targets_N[rows], temperature)
             logprobs_N[rows], _, entropy_N[rows] = found
-            if trains:
-                weights = weights_N[rows]
-                grad_logits = gradient(logits, targets_N[rows], *found, weights, torch.zeros_like(weights), temperature)
-                torch.mm(grad_logits, weight_VD, out=grad_hidden_ND[rows])
-                accumulate(grad_weight_VD, grad_logits.T, hidden_ND[rows])
+            weights = weights_N[rows]
+            grad_logits = gradient(logits, targets_N[rows], *found, weights, torch.zeros_like(weights), temperature)
+            torch.mm(grad_logits, weight_VD, out=grad_hidden_ND[rows])
+            accumulate(grad_weight_VD, grad_logits.T, hidden_ND[rows])
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
         ctx.mark_non_differentiable(logprobs_N, entropy_N)
         return (weights_N * logprobs_N).sum(), logprobs_N, entropy_N
 

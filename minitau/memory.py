@@ -110,6 +110,7 @@ def tokens_to_keep(
     own = sum(parallel.local(parameter).numel() for parameter in model.parameters())
     need, wide = needs(model.cfg, tokens, parallel.world_size(), model.compiled), dtype.itemsize / HALF
     to_come = own * (GRADIENT + (0 if optimizer.state else ADAM)) + wide * (need.gathered + need.inputs + need.working)
-    to_come += model.cfg.num_hidden_layers * kept_weights(model.cfg, parallel.world_size())  # as if all kept theirs
+    if dtype != torch.float32:  # as if all blocks kept theirs
+        to_come += model.cfg.num_hidden_layers * kept_weights(model.cfg, parallel.world_size())
     room = free - to_come - SLACK * total
     return max(0.0, room / wide / (kept_by_block(model.cfg, model.compiled) - kept_by_recomputed(model.cfg)))

@@ -53,7 +53,30 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight.to(x.dtype) * (x32 * scale)).to(x.dtype)
+        return (rounded(self.weight, x.dtype) * (x32 * scale)).to(x.dtype)
+
+
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight.to(dtype), also where it is compiled into one kernel with what reads it in fp32: there the compiler would
+    leave the rounding out, and one GPU would train with norms that no engine and no export has."""
+    return weight if weight.dtype == dtype else round_weight(weight, dtype)
+
+
+@torch.library.custom_op("minitau::round_weight", mutates_args=())
+def round_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype)
+
+
+@round_weight.register_fake
+def _(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(weight, dtype=dtype)
+
+
+def keep_dtype(ctx, inputs, output) -> None:
+    ctx.dtype = inputs[0].dtype
+
+
+round_weight.register_autograd(lambda ctx, grad: (grad.to(ctx.dtype), None), setup_context=keep_dtype)
 
 
 class Linear(nn.Linear):
@@ -226,9 +249,10 @@ class Qwen3(nn.Module):
         """
         assert ids_T.shape == positions_T.shape and predict_N.shape == targets_N.shape
         hidden_ND = self.hidden(ids_T, positions_T, attends).index_select(0, predict_N)
-        if weights_N is not None:
+        if weights_N is not None and torch.is_grad_enabled():
             return WeightedLogprobs.apply(hidden_ND, self.head_weight, targets_N, weights_N, temperature)
-        return HeadLogprobs.apply(hidden_ND, self.head_weight, targets_N, temperature)
+        found = HeadLogprobs.apply(hidden_ND, self.head_weight, targets_N, temperature)
+        return found if weights_N is None else ((weights_N * found[0]).sum(), *found)
 
 
 def init_weights(model: Qwen3, seed: int) -> None:

@@ -128,23 +128,29 @@ def round_seconds(
 ) -> float:
     """Of conversations of so many replies on one engine, at most `at_once` at a time, one starting where another ends,
     each at its own pace. A reply and the wait for its customer take longer or shorter than the mean as if each token
-    could be the last (`vary`), so that the longest conversation, for which all wait, is one of long replies. (An
-    opening is computed once and then cached: too little to count.)"""
+    could be the last (`vary`), so that the longest conversation, for which all wait, is one of long replies. A reply
+    goes on beside those of all who play, also of those whose customer has the word. (An opening is computed once and
+    then cached: too little to count.)"""
     rng, waiting, now = Random(0), list(turns), 0.0
     playing: list[tuple[float, int, int, int]] = []  # when its turn ends, its number, replies done by then, and in all
-    lengths: dict[int, int] = {}
+    lengths: dict[int, int] = {}  # tokens of those who play, by number
     while waiting or playing:
-        if waiting and len(playing) < at_once:
-            number, done, of = len(waiting), 0, waiting.pop(0)
-        else:
+        asking: list[tuple[int, int, int]] = []
+        while waiting and len(lengths) < at_once:
+            number = len(waiting)
+            lengths[number] = length(told, 0)
+            asking.append((number, 0, waiting.pop(0)))
+        if not asking:
             now, number, done, of = heapq.heappop(playing)
-        if done == of:
-            del lengths[number]
-            continue
-        lengths[number] = length(told, done)
-        reply = reply_seconds(shape, gpu, list(lengths.values()), told, tp=tp, shared=shared)
-        turn = reply * vary(rng) + told.user_seconds * vary(rng)
-        heapq.heappush(playing, (now + turn, number, done + 1, of))
+            if done == of:
+                del lengths[number]
+                continue
+            lengths[number] = length(told, done)
+            asking = [(number, done, of)]
+        for number, done, of in asking:
+            reply = reply_seconds(shape, gpu, list(lengths.values()), told, tp=tp, shared=shared)
+            turn = reply * vary(rng) + told.user_seconds * vary(rng)
+            heapq.heappush(playing, (now + turn, number, done + 1, of))
     return now
 
 

@@ -1,6 +1,6 @@
 """Everything that knows there is more than one process: the only file that imports torch.distributed.
 
-At world size 1 on a CPU all of it does nothing, so that `python train.py` and
+At world size 1 all of it does nothing, so that `python train.py` and
 `torchrun --nproc_per_node 8 train.py` run the same lines. Sharding is FSDP2, one group a block;
 gloo on CPU, NCCL on CUDA. FSDP averages gradients over ranks, so `backward` scales by the world
 size and every loss stays a sum over the global batch. It must not know what is being trained.
@@ -187,7 +187,8 @@ def shard(model: nn.Module, blocks: nn.ModuleList, compute_dtype: torch.dtype) -
     """Shard `model` in place over all ranks: each block a group, the rest the root group.
 
     Parameters stay fp32 (the master weights); forward and backward get them in `compute_dtype`, gradients are
-    reduced in fp32. One process has nothing to shard and keeps the plain module.
+    reduced in fp32. One process has nothing to shard and keeps the plain module,
+    which rounds them itself: see Qwen3.dtype.
     """
     if world_size() == 1:
         return
@@ -271,8 +272,6 @@ def whole(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """All of a tensor that may be sharded along its rows, on every rank."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    if world_size() == 1:
-        return local(tensor)
     place = torch.empty(room(tensor), dtype=dtype or tensor.dtype, device=tensor.device)
     gather_into([place], [tensor])
     return place[: tensor.numel()].view(tensor.shape)
@@ -297,7 +296,7 @@ def gather_into(places: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
     """
     held = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     ranks, mine = world_size(), rank()
-    scattered = [ranks > 1 and isinstance(tensor, DTensor) for tensor in tensors]
+    scattered = [isinstance(tensor, DTensor) for tensor in tensors]
     shares = [place.chunk(ranks)[mine] if cut else place for place, cut in zip(places, scattered)]
     filled = [(share[: part.numel()].view(part.shape), part) for share, part in zip(shares, held) if part.numel()]
     if filled:

@@ -167,7 +167,9 @@ def text(case: Case) -> str:
     ]
     left = room(case)
     keeps = shape.num_hidden_layers - pace.recomputed(shape, keep(case), cfg.micro_batch_tokens)
-    how = f"{keeps} of {shape.num_hidden_layers} blocks, {bytes_to_keep(shape):,} bytes a token; the others recompute"
+    weights = f" and {gb(of_block)} of weights a block" if (of_block := memory.kept_weights(shape, case.ranks)) else ""
+    each = f"{bytes_to_keep(shape):,} bytes a token{weights}"
+    how = f"{keeps} of {shape.num_hidden_layers} blocks, {each}; the others recompute"
     parts = [*memory_parts(case), Part("left for activations", left, how)]
     lines += table("Memory of the GPU that holds most, during an update, GB", parts, 1e9)
     if case.guest and (case.stage == "rft" or cfg.engine_sleep):  # else an update needs all that and more

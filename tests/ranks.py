@@ -61,7 +61,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> No
 def new_run(seed: int = 0, keep: float = math.inf, dtype: torch.dtype = torch.float32, **shape) -> runs.Run:
     """An open run without a folder: the model, sharded if there are ranks, and its optimizer."""
     model = small_model(seed, **shape)
-    model.keep = keep
+    model.keep, model.dtype = keep, dtype
     parallel.shard(model, model.model.layers, dtype)
     return runs.Run(Path(), None, model, runs.adamw(model, CFG), None)
 
@@ -78,6 +78,14 @@ def gradients_of(run: runs.Run, reference, samples) -> dict[str, torch.Tensor]:
     for mb in batches_of(samples):
         mb = train.score(reference, mb, CFG, "reference_N")
         parallel.backward(train.grpo_loss(run.model, mb, CFG)[0])
+    return {name: whole(parameter.grad) for name, parameter in run.model.named_parameters()}
+
+
+def sft_gradients_of(run: runs.Run, samples, dtype: str = "float32") -> dict[str, torch.Tensor]:
+    """Likewise of the SFT loss."""
+    run.optimizer.zero_grad()
+    for mb in batches_of(samples):
+        parallel.backward(train.sft_loss(run.model, mb, dtype)[0])
     return {name: whole(parameter.grad) for name, parameter in run.model.named_parameters()}
 
 
@@ -114,6 +122,7 @@ def train_steps(run: runs.Run, reference, steps) -> list[dict[str, float]]:
 def take_all(name: str, n: int) -> list[int]:
     """Everything that this rank's threads got from a queue."""
     queue, taken, lock = parallel.SharedQueue(name, n), [], threading.Lock()
+    parallel.barrier()  # on a busy machine one rank could have them all before the other comes
 
     def work():
         while (index := queue.take()) is not None:
@@ -172,6 +181,8 @@ def main(folder: Path) -> None:
     # One sample for two ranks: the second one only takes part.
     run, reference = new_run(), new_reference()
     found["one sample"] = gradients_of(run, reference, samples_of(n=1))
+    found["sft"] = {tied: sft_gradients_of(new_run(tie_word_embeddings=tied), samples_of()) for tied in (True, False)}
+    found["sft in bf16"] = sft_gradients_of(new_run(dtype=torch.bfloat16), samples_of(), "bfloat16")
     recomputing = new_run(keep=0)
     found["recomputed"] = gradients_of(recomputing, reference, samples_of())
 

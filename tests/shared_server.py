@@ -68,9 +68,8 @@ def ask(engine, name: str, count: int, during=lambda: None) -> list:
 def opened(payload: str) -> dict[str, torch.Tensor]:
     """Copies of what a handle leads to."""
     held = pickle.loads(base64.b64decode(payload))
-    held[
-        "flattened_tensor"
-    ].untyped_storage()._shared_incref()  # a handle is good for once, and the server opens it too
+    storage = held["flattened_tensor"].untyped_storage()
+    storage._shared_incref()  # a handle is good for once, and the server opens it too
     return {name: tensor.clone() for name, tensor in unpacked(held, "flattened_bucket")}
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from minitau import checkpoint, head
 from minitau.attention import causal_sdpa, packed_attention
 from minitau.head import HeadLogprobs, WeightedLogprobs
-from minitau.model import ModelConfig, Qwen3, init_weights, rope_tables
+from minitau.model import ModelConfig, Qwen3, RMSNorm, init_weights, rope_tables
 
 # (query heads, key heads, head size): grouped, one each, all on one, and head sizes that are not hidden / heads.
 HEADS = [(4, 2, 16), (4, 4, 8), (6, 1, 16), (8, 2, 4)]
@@ -422,6 +423,24 @@ def test_bf16_compute_over_fp32_weights_is_that_of_bf16_weights(tied):
             found = bf16_logprobs_of(masters, ids)
             assert torch.equal(found, bf16_logprobs_of(halves, ids)), name
         assert before is None or not torch.equal(before, found), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+def test_a_compiled_norm_rounds_its_weight():
+    """The compiler would fuse the rounding away, and train with norms that no engine has."""
+    norm, x = RMSNorm(64, 1e-6), torch.randn(50, 64).bfloat16()
+    with torch.no_grad():
+        norm.weight += 0.1 * torch.randn(64)
+    rough = copy.deepcopy(norm).bfloat16()
+    found = torch.compile(norm)(x)
+    assert (found != rough(x)).float().mean() < 0.01  # the mean adds up in another order
+    x32 = x.float()
+    unrounded = (norm.weight * x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6)).bfloat16()
+    assert (found != unrounded).float().mean() > 0.05
+    found.float().sum().backward()
+    rough(x).float().sum().backward()
+    torch.testing.assert_close(norm.weight.grad, rough.weight.grad.float(), rtol=0.02, atol=0.02)
+    assert norm.weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("keep", [math.inf, 0.0])

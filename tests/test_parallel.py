@@ -117,8 +117,27 @@ def test_a_rank_without_work_takes_part(two):
         assert_same(found["one sample"], expected, error=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_sft_are_those_of_one_process(two, tied):
+    _, *both = two
+    expected = ranks.sft_gradients_of(ranks.new_run(tie_word_embeddings=tied), ranks.samples_of())
+    for found in both:
+        assert_same(found["sft"][tied], expected, error=1e-5)
+
+
+def test_gradients_in_bf16_are_near_those_in_fp32(two):
+    """On two ranks, whose FSDP rounds the weights, and on one, whose layers do."""
+    _, *both = two
+    exact = ranks.sft_gradients_of(ranks.new_run(), ranks.samples_of())
+    alone = ranks.sft_gradients_of(ranks.new_run(dtype=torch.bfloat16), ranks.samples_of(), "bfloat16")
+    for found in (alone, *(each["sft in bf16"] for each in both)):
+        for name, gradient in exact.items():
+            assert found[name].dtype == torch.float32
+            assert 0 < float((found[name] - gradient).norm()) < 0.1 * float(gradient.norm()), name
+
+
 def test_recomputing_blocks_under_sharding(two):
-    """Activation checkpointing runs each block's gathering a second time, inside backward."""
+    """Activation checkpointing is inside the block: what backward gathers serves it as well."""
     _, *both = two
     for found in both:
         assert_same(found["recomputed"], found["tied"]["gradients"], error=1e-6)

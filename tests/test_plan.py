@@ -40,8 +40,8 @@ def model(tmp_path):
 @pytest.fixture
 def round_rates(monkeypatch):
     """Rates that are easy to reckon with."""
-    rates = {"PEAK_FLOPS": 1000.0, "MFU_KEPT": 0.5, "MFU_RECOMPUTED": 0.25, "MFU_FORWARD": 0.8, "SEVERAL": 0.5, "DECODE": 0.5, "SHARED": 3.0}
-    for name, value in {**rates, "PREFILL": 0.1, "RESERVED": 0.0, "CONTEXT": 0.0, "BESIDE": 0.0}.items():
+    rates = {"PEAK_FLOPS": 1000.0, "MFU_KEPT": 0.5, "MFU_RECOMPUTED": 0.25, "MFU_FORWARD": 0.8, "SEVERAL": 0.5}
+    for name, value in {**rates, "DECODE": 0.5, "SHARED": 3.0, "PREFILL": 0.1, "RESERVED": 0.0, "CONTEXT": 0.0, "BESIDE": 0.0}.items():
         monkeypatch.setattr(pace, name, value)
         if hasattr(budget, name):
             monkeypatch.setattr(budget, name, value)

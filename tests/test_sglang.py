@@ -30,6 +30,7 @@ from test_engine import STOP, error_of, some_ids
 from minitau import checkpoint, config, parallel, probe
 from minitau.chat import load_chat
 from minitau.engines import server as server_module
+from minitau.engines import upkeep
 from minitau.engines.handover import ALIGN, BUCKET_BYTES, Broadcaster, buckets, serialize
 from minitau.engines.server import NoAnswer, Server, free_port, request
 from minitau.engines.sglang import SGLangEngine, read_completion
@@ -528,6 +529,22 @@ def test_three_deaths_in_a_row_are_told_to_both_and_nothing_is_left(two_ranks):
     assert gone_within(1, *two_ranks.seen[0]["pids"]) and not processes_with(str(two_ranks.out))
 
 
+def test_a_guest_says_in_which_life_its_server_was_lost(monkeypatch):
+    """Also if it is told of a new one while it makes room: that one is not lost."""
+    said, guest = [], upkeep.Upkeep(None, "http://127.0.0.1:1", 0, takes_weights=True, timeout=1.0)
+
+    def told_of_a_new_one():
+        guest.life, guest.ready = 1, True
+
+    monkeypatch.setattr(parallel, "announce", said.append)
+    monkeypatch.setattr(torch.cuda, "empty_cache", told_of_a_new_one)
+    guest.ready = True
+    guest.lost(0, "no answer")
+    assert said == [upkeep.LOST.format(0, 0)] and guest.ready
+    guest.step_aside(0)
+    assert guest.ready  # what was heard of the old one is no news of the new one
+
+
 def processes_with(*words):
     """Command lines that hold all these words."""
     found = []
@@ -609,7 +626,7 @@ def test_grpo_through_servers_of_its_own(tiny_dir, tmp_path, ranks, tp):
         assert done.stdout.count("is started again") == 1
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((evaluated / "results.json").read_text())[-1]["errors"] == 0
-    assert not processes_with(str(tiny_dir), f"--tp-size {tp} ")
+    assert not processes_with(str(tiny_dir), "fake_sglang")
 
 
 @long

@@ -22,7 +22,7 @@ def check_engine(cfg: Any, takes_weights: bool = True) -> None:
 
 def open_engine(cfg: Any, model: Qwen3 | None, stop_ids: frozenset[int], round_bits: int = 0) -> Engine:
     """The engine that `cfg.engine` names. It holds no weights of use before its first sync, unless it reads
-    the plain (unsharded) model's own, or is an SGLang server without a `model`: then those in cfg.model.
+    the plain (unsharded) model's own, which are in cfg.dtype, or is an SGLang server without a `model`: then those in cfg.model.
 
     round_bits: to how many bits a local engine rounds its weights; 0 leaves them."""
     if cfg.engine == "sglang":

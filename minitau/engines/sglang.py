@@ -117,7 +117,7 @@ class SGLangEngine(Upkeep):
             problem, fatal = self.hand_over(version), ""
             if problem:
                 try:
-                    self.mend(problem)
+                    self.mend(self.life, problem)
                 except EngineError as error:
                     fatal = str(error)
             everyone = parallel.gather((problem, fatal))

@@ -79,7 +79,7 @@ class Upkeep:
                 return
             self.mending = True
         try:
-            self.mend(why)
+            self.mend(life, why)
             if self.server and self.joint:
                 parallel.announce(RESTARTED)
         finally:
@@ -87,22 +87,22 @@ class Upkeep:
                 self.mending = False
                 self.changed.notify_all()
 
-    def mend(self, why: str) -> None:
-        """Start the server again, or have its host do so; its weights are still to come.
+    def mend(self, life: int, why: str) -> None:
+        """Start the server again, or have its host do so; its weights are still to come. life: in which it was lost.
 
         Raises EngineError, now and for whoever asks later, if it is not ours, died too often or does not start.
         """
         if self.given_up or not self.server:
             if self.given_up or self.host is None:
                 return self.give_up(f"{self.url} takes no weights: {why}")
-            self.step_aside()
-            return parallel.announce(LOST.format(self.host, self.life))
+            self.step_aside(life)
+            return parallel.announce(LOST.format(self.host, life))
         if self.server.age() > LONG_LIFE + self.timeout:  # (a server that hangs is noticed so much later)
             self.deaths = 0
         with self.changed:
             self.ready, self.down = False, True
         if self.host is not None:
-            parallel.announce(DOWN.format(self.host, self.life))
+            parallel.announce(DOWN.format(self.host, life))
         while not self.given_up:
             self.deaths += 1
             words = self.server.last_words()
@@ -138,16 +138,19 @@ class Upkeep:
             if not self.server:
                 if parallel.was_announced(GIVEN_UP.format(self.host)):
                     self.give_up(f"the server of rank {self.host} is given up: that rank and the server's log say why")
-                if self.ready and parallel.was_announced(DOWN.format(self.host, self.life)):
-                    self.step_aside()
+                life = self.life
+                if self.ready and parallel.was_announced(DOWN.format(self.host, life)):
+                    self.step_aside(life)
             elif parallel.was_announced(LOST.format(self.host, self.life)):
                 self.lost(self.life, "another rank got no reply")
 
-    def step_aside(self) -> None:
-        """A guest's part while its server is started again: ask nothing, and leave free what training left cached. A
-        server that is spread over GPUs takes what is free on the fullest, and refuses if another has much more."""
+    def step_aside(self, life: int) -> None:
+        """A guest's part while its server, lost in that life, is started again: ask nothing, and leave free what
+        training left cached. A server that is spread over GPUs takes what is free on the fullest, and refuses if
+        another has much more."""
         with self.changed:
-            self.ready = False
+            if self.life == life:  # (it may have been told of a new one since)
+                self.ready = False
         torch.cuda.empty_cache()
 
     def find_host(self) -> None:
