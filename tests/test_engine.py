@@ -461,6 +461,7 @@ def test_an_engine_may_sample_from_rounded_weights_and_leaves_the_trainers_alone
 
 def test_an_engine_in_bf16_has_weights_of_its_own():
     model = small_model(scale=8.0).requires_grad_(False)
+    model.dtype = torch.bfloat16
     engine = engines.open_engine(config.GRPO(max_tokens=200, concurrency=4, dtype="bfloat16"), model, STOP)
     assert engine.model is not model and {p.dtype for p in engine.model.parameters()} == {torch.bfloat16}
     engine.sync(model.named_parameters(), 1)

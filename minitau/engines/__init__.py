@@ -21,14 +21,15 @@ def check_engine(cfg: Any, takes_weights: bool = True) -> None:
 
 
 def open_engine(cfg: Any, model: Qwen3 | None, stop_ids: frozenset[int], round_bits: int = 0) -> Engine:
-    """The engine that `cfg.engine` names. It holds no weights of use before its first sync, unless it reads
-    the plain (unsharded) model's own, which are in cfg.dtype, or is an SGLang server without a `model`: then those in cfg.model.
+    """The engine that `cfg.engine` names. It holds no weights of use before its first sync, unless it reads the plain
+    (unsharded) model's own, if they are of the dtype that it computes in, or is an SGLang server without a `model`:
+    then those in cfg.model.
 
     round_bits: to how many bits a local engine rounds its weights; 0 leaves them."""
     if cfg.engine == "sglang":
         return launch.open_sglang(cfg, stop_ids, takes_weights=model is not None)
-    dtype = getattr(torch, cfg.dtype)
-    if round_bits or parallel.is_sharded(model) or model.head_weight.dtype != dtype:
+    if round_bits or parallel.is_sharded(model) or model.dtype not in (None, model.head_weight.dtype):
+        dtype = getattr(torch, cfg.dtype)
         with torch.device("meta"):
             whole = Qwen3(model.cfg)
         model = whole.to_empty(device=parallel.device()).to(dtype).requires_grad_(False)
