@@ -5,7 +5,8 @@
     python -m benchmarks.engine --engine-gpus 1 ...             # the server on a GPU of its own, weights by NCCL
 
 starts a server a rank with a random Qwen3 of 4B parameters, of which the trainer (fp32 weights, sharded over several
-ranks, bf16 compute) holds its own copy, and prints one JSON object, of rank 0 where nothing else is said; `--parts` chooses:
+ranks, bf16 compute) holds its own copy, and prints one JSON object, of rank 0 where nothing else is said; `--parts`
+chooses:
 
 sync      seconds of a whole sync, on the rank where each takes longest; the most memory that 50 took beside what was
           there before them, and what they leave behind; where the time goes (slower, for it waits after each part)

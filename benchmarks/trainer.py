@@ -231,7 +231,8 @@ KERNEL = attention.kernel
 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Twice the tokens in a micro-batch, two of them a step; and the head's peak, which should not grow with the vocabulary."""
+    """Twice the tokens in a micro-batch, two of them a step; and the head's peak, which should not grow with the
+    vocabulary."""
     lengths = [2 * n for n in lengths_of(args)]
     cfg = settings(args, lengths)
     opened = open_run(args, cfg)

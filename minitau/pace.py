@@ -27,12 +27,12 @@ class Gpu(NamedTuple):
 GPUS = {"h100": Gpu("H100 80GB", 81_559 << 20, 3.35e12), "h200": Gpu("H200", 143_771 << 20, 4.8e12)}
 PEAK_FLOPS = 989e12  # dense bf16 of either, datasheet
 # Measured, each on H200s with random weights of the 4B shape:
-MFU_KEPT = 0.520  # benchmarks/trainer.py --parts speed, one GPU, 16k tokens, nothing recomputed; AdamW is in it
-MFU_RECOMPUTED = 0.428  # the same, every block recomputed
+MFU_KEPT = 0.539  # benchmarks/trainer.py --parts speed, one GPU, 16k tokens, nothing recomputed; AdamW is in it
+MFU_RECOMPUTED = 0.442  # the same, every block recomputed
 MFU_FORWARD = 0.62  # of log-probabilities: benchmarks/whole_step.py, on two GPUs
 DECODE = 0.98  # part of the bandwidth at which SGLang 0.5.16 reads weights and cache: 5.7k tokens/s, 64 at once of 4.7k
 PREFILL = 0.47  # part of the peak: 58k tokens/s, same server (with decoding: 4.7k output tokens/s at 512 in, 256 out)
-SHARED = 2.85  # times as long as alone takes a reply with customers' servers on the same GPUs: benchmarks/whole_step.py
+SHARED = 3.1  # times as long as alone takes a reply with customers' servers on the same GPUs: benchmarks/whole_step.py
 SYNC = 8.04e9 / 0.067  # bytes/s to a server: benchmarks/engine.py, one GPU
 GATHER = 4.02e9 / 0.012  # bytes/s that a GPU gets of others' FSDP2 shards: the same, two GPUs with NVLink
 SEVERAL = 0.95  # of one GPU's speed where FSDP2 moves weights and gradients: benchmarks/trainer.py, two GPUs
@@ -122,6 +122,7 @@ def round_seconds(
     turns: Sequence[int],
     at_once: int,
     told: config.DryRun,
+    rng: Random,
     *,
     tp: int = 1,
     shared: bool = False,
@@ -131,7 +132,7 @@ def round_seconds(
     could be the last (`vary`), so that the longest conversation, for which all wait, is one of long replies. A reply
     goes on beside those of all who play, also of those whose customer has the word. (An opening is computed once and
     then cached: too little to count.)"""
-    rng, waiting, now = Random(0), list(turns), 0.0
+    waiting, now = list(turns), 0.0
     playing: list[tuple[float, int, int, int]] = []  # when its turn ends, its number, replies done by then, and in all
     lengths: dict[int, int] = {}  # tokens of those who play, by number
     while waiting or playing:

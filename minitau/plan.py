@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from random import Random
+from statistics import fmean
 from typing import Any
 
 from minitau import checkpoint, config, memory, pace
@@ -32,6 +33,8 @@ from minitau.engines import launch
 from minitau.episode import BadInput
 from minitau.memory import ADAM, HALF, MASTER
 from minitau.model import ModelConfig
+
+DRAWS = 16  # of a round of conversations, whose mean is what it takes
 
 
 def longest(case: Case) -> int:
@@ -59,14 +62,21 @@ def at_once(case: Case, conversations: int) -> int:
 
 
 def rollout(case: Case, rounds: Sequence[int], attempts: int) -> Part:
-    """Rounds of so many tasks, one after the other; each takes as long as the engine that has the longest."""
-    engines, seconds = case.engines, 0.0
+    """Rounds of so many tasks, one after the other; each takes as long as the engine that takes longest, on the mean of
+    so many DRAWS of who plays where and how long replies are."""
+    engines, seconds, rng = case.engines, 0.0, Random(0)
     engine_is = {"tp": case.tp, "shared": case.customers and case.guest}
+
+    def slowest(turns: Sequence[int]) -> float:
+        most, of = at_once(case, len(turns)), rng.sample(turns, len(turns))
+        shares = (of[i::engines] for i in range(engines))
+        return max(
+            pace.round_seconds(case.shape, case.gpu, share, most, case.told, rng, **engine_is) for share in shares
+        )
+
     for tasks in rounds:
         turns = pace.turns_of(tasks * attempts, case.told.turns, longest(case))
-        theirs = turns[::-1][::engines]
-        theirs = Random(0).sample(theirs, len(theirs))  # nobody knows beforehand which they are
-        seconds += pace.round_seconds(case.shape, case.gpu, theirs, at_once(case, len(turns)), case.told, **engine_is)
+        seconds += fmean(slowest(turns) for _ in range(DRAWS))
     most, told = at_once(case, rounds[0] * attempts), case.told
     whole = pace.length(told, told.turns)
     over = f" over {case.tp} GPUs, as if they had nothing to say to each other" if case.tp > 1 else ""

@@ -127,8 +127,8 @@ def test_engine_on_gpu_agrees_with_the_full_forward(tiny_dir):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_grpo_over_nccl(tiny_dir, tmp_path, ranks, dtype):
-    """Two steps of GRPO with fp32 masters, sharded on two, bf16 compute and an engine synced in place; and all in fp32, where
-    one rank's engine samples from the trainer's own model."""
+    """Two steps of GRPO with fp32 masters, sharded on two, bf16 compute and an engine synced in place; and all in fp32,
+    where one rank's engine samples from the trainer's own model."""
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
     out = tmp_path / "run"

@@ -41,7 +41,8 @@ def model(tmp_path):
 def round_rates(monkeypatch):
     """Rates that are easy to reckon with."""
     rates = {"PEAK_FLOPS": 1000.0, "MFU_KEPT": 0.5, "MFU_RECOMPUTED": 0.25, "MFU_FORWARD": 0.8, "SEVERAL": 0.5}
-    for name, value in {**rates, "DECODE": 0.5, "SHARED": 3.0, "PREFILL": 0.1, "RESERVED": 0.0, "CONTEXT": 0.0, "BESIDE": 0.0}.items():
+    rates |= {"DECODE": 0.5, "SHARED": 3.0, "PREFILL": 0.1, "RESERVED": 0.0, "CONTEXT": 0.0, "BESIDE": 0.0}
+    for name, value in rates.items():
         monkeypatch.setattr(pace, name, value)
         if hasattr(budget, name):
             monkeypatch.setattr(budget, name, value)
@@ -92,11 +93,11 @@ def test_ranks_wait_for_the_longest_micro_batch(round_rates):
     assert seconds == pytest.approx(6 * (2 * 868 * 3 + 1000 * 3 + 16 * 9) / (500 * 0.5))
 
 
-# benchmarks/trainer.py on one H200 at commit ea3efa4: tokens of a micro-batch, micro-batches, blocks recomputed of 36,
-# seconds of an update; and where there were two micro-batches, the most bytes that were allocated.
+# benchmarks/trainer.py on one H200: tokens of a micro-batch, micro-batches, blocks recomputed of 36, seconds of an
+# update, at commit 68de779; where there were two micro-batches, at ea3efa4, with the most bytes that were allocated.
 MEASURED = [
-    (16_384, 1, 0, 0.923, None),
-    (16_384, 1, 36, 1.120, None),
+    (16_384, 1, 0, 0.890, None),
+    (16_384, 1, 36, 1.086, None),
     (32_768, 2, 20, 4.699, 136.36e9),
     (32_768, 2, 36, 5.135, 78.35e9),
 ]
@@ -115,8 +116,11 @@ def test_updates_that_were_measured(tokens, micro_batches, recomputed, seconds, 
 
 
 @pytest.mark.parametrize("recomputed, seconds", [(0, 0.972), (36, 1.220)])
-def test_updates_on_two_gpus_that_were_measured(recomputed, seconds):
-    """benchmarks/trainer.py under torchrun on two H200 at commit 8328d8c, 16,384 tokens each: within 5%."""
+def test_updates_on_two_gpus_that_were_measured(recomputed, seconds, monkeypatch):
+    """benchmarks/trainer.py under torchrun on two H200 at commit 8328d8c, 16,384 tokens each: within 5%, at the rates
+    that one GPU had at that commit."""
+    monkeypatch.setattr(pace, "MFU_KEPT", 0.517)
+    monkeypatch.setattr(pace, "MFU_RECOMPUTED", 0.412)
     lengths, keep = [*LENGTHS, *LENGTHS], (36 - recomputed) * 16_384
     said = [n - 1 for n in lengths]
     computed = pace.update_seconds(FOUR_B, lengths, said, budget=16_384, ranks=2, keep=keep)
@@ -151,8 +155,9 @@ def test_a_conversation_starts_where_another_ends(monkeypatch):
     monkeypatch.setattr(pace, "vary", lambda rng: 1.0)
     told, gpu = config.DryRun(user_seconds=2.0), pace.Gpu("without limits", 0, math.inf)
     for at_once, turns in ((2, 3), (1, 4)):
-        assert pace.round_seconds(SMALL, gpu, [1, 3], at_once, told) == 2.0 * turns
-    assert pace.round_seconds(SMALL, gpu, [2, 4, 2], 2, told) == 2.0 * 4
+        assert pace.round_seconds(SMALL, gpu, [1, 3], at_once, told, random.Random(0)) == 2.0 * turns
+    assert pace.round_seconds(SMALL, gpu, [2, 4, 2], 2, told, random.Random(0)) == 2.0 * 4
+    assert pace.round_seconds(SMALL, gpu, [], 2, told, random.Random(0)) == 0.0
 
 
 def test_all_wait_for_the_conversation_that_takes_longest(monkeypatch):
@@ -160,21 +165,25 @@ def test_all_wait_for_the_conversation_that_takes_longest(monkeypatch):
     monkeypatch.setattr(pace, "PREFILL", math.inf)
     told, gpu = config.DryRun(user_seconds=2.0), pace.Gpu("without limits", 0, math.inf)
     rng = random.Random(1)
-    monkeypatch.setattr(pace, "Random", lambda _: rng)
-    found = [pace.round_seconds(SMALL, gpu, [1] * 64, 64, told) for _ in range(300)]
+    found = [pace.round_seconds(SMALL, gpu, [1] * 64, 64, told, rng) for _ in range(300)]
     assert sum(found) / 300 == pytest.approx(2 * sum(1 / n for n in range(1, 65)), rel=0.05)
 
 
-def test_the_whole_step_that_was_measured():
-    """benchmarks/whole_step.py on two H200 at commit 3306a11: rollouts of 43.4, 61.5 and 58.2 s, in whose second and
-    third step log-probabilities took 3.7 and 4.2 s, updates 16.7 and 18.4 s. SHARED and MFU_FORWARD are from there too.
-    Some customers, of random weights, said nothing and were asked again after pauses, which nobody can foretell."""
-    told = {"opening_tokens": 5643, "turns": 15, "said_tokens": 59, "heard_tokens": 78, "user_seconds": 0.94}
+# benchmarks/whole_step.py on two H200 at commit 3306a11, by step: tokens said and heard a turn, seconds of a customer,
+# of the rollout, of log-probabilities and of the update (the first step's are mostly compilation).
+WHOLE_STEPS = [(48, 85, 0.96, 43.4, None, None), (65, 87, 0.97, 61.5, 3.7, 16.7), (80, 108, 0.85, 58.2, 4.2, 18.4)]
+
+
+@pytest.mark.parametrize("said, heard, user, rollout, scoring, update", WHOLE_STEPS)
+def test_whole_steps_that_were_measured(said, heard, user, rollout, scoring, update):
+    """SHARED and MFU_FORWARD are from there too."""
+    told = {"opening_tokens": 5643, "turns": 15, "said_tokens": said, "heard_tokens": heard, "user_seconds": user}
     flags = "--gpus 2 --gpu h200 --max-steps 30 --no-dynamic-sampling --tasks-per-step 16 --group-size 4"
     parts = amounts(plan.step_parts(case(flags, user_mem=0.2, **told)))
-    assert parts["update"] == pytest.approx(17.6, rel=0.05)
-    assert parts["log-probabilities"] == pytest.approx(4.0, rel=0.05)
-    assert parts["rollout"] == pytest.approx(54.4, rel=0.25)
+    assert parts["rollout"] == pytest.approx(rollout, rel=0.15)
+    if update:
+        assert parts["update"] == pytest.approx(update, rel=0.05)
+        assert parts["log-probabilities"] == pytest.approx(scoring, rel=0.1)
 
 
 def test_the_generation_that_was_measured():
