@@ -4,10 +4,11 @@ GPUs.
     python -m benchmarks.whole_step --ranks 2 --engine-command "python -m sglang.launch_server" --work DIR
 
 makes a random Qwen3-4B, starts serve_user.py on them, runs `torchrun --nproc_per_node RANKS train.py --stage grpo
---preset tau2-4b` for a few steps of 16 tasks x 4 attempts, and prints one JSON object: the seconds of each step by part
-and of an episode by whom it waits for, the GPUs' memory during each step, what the conversations were like, and beside
-it what --dry-run computes for such conversations. What follows `--` goes to train.py. After the last step that was
-asked for the run is interrupted: what a checkpoint takes is measured by benchmarks/checkpoints.py.
+--preset tau2-4b` for a few steps of 16 tasks x 4 attempts, and prints one JSON object. Of each step: its seconds by
+part, those of an episode by whom it waits for, the GPUs' memory, what the conversations were like, and what --dry-run
+computes for such conversations. It is written to DIR/whole_step.json after every step. What follows `--` goes to
+train.py. After the last step that was asked for the run is interrupted: what a checkpoint takes is measured by
+benchmarks/checkpoints.py.
 
 The model knows nothing; what it says is noise of the right length. Its tokenizer is trained on tau2-bench and filled up
 with pairs of its own tokens to the model's vocabulary, so that whatever is sampled is text, and the embedding of the
@@ -109,26 +110,37 @@ def customers(args: argparse.Namespace, model: Path) -> Iterator[str]:
         process.wait()
 
 
-def train(args: argparse.Namespace, model: Path, out: Path, address: str, more: list[str]) -> list[dict[str, Any]]:
-    """Run GRPO; the GPUs' memory in use, in GB and by GPU, while each step went on."""
+def train(
+    args: argparse.Namespace, model: Path, out: Path, address: str, more: list[str]
+) -> Iterator[dict[str, float]]:
+    """Run GRPO; after each step the most memory that was in use meanwhile, in GB by GPU."""
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks)]
     command = [sys.executable, *ranks, "train.py", *grpo_flags(args, model, out), *more]
     command += ["--user-model", "openai/minitau-user", "--user-api-base", address]
     process = subprocess.Popen(command)
-    most: list[dict[str, Any]] = []
-    step = 1
-    while process.poll() is None:
-        step = len(whole_lines(out / "metrics.jsonl")) + 1
-        most += [{} for _ in range(step - len(most))]
-        for gpu, used in memory_in_use().items():
-            most[step - 1][gpu] = max(used, most[step - 1].get(gpu, 0.0))
-        if step > args.steps:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-        time.sleep(0.5)
-    if step <= args.steps:
-        raise BadInput(f"train.py ended with status {process.returncode}; its last words are above")
-    return most[: args.steps]
+    try:
+        for step in range(1, args.steps + 1):
+            most: dict[str, float] = {}
+            while not done(out, step):
+                if process.poll() is not None:
+                    raise BadInput(f"train.py ended with status {process.returncode}; its last words are above")
+                for gpu, used in memory_in_use().items():
+                    most[gpu] = max(used, most.get(gpu, 0.0))
+                time.sleep(0.5)
+            yield most
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+
+
+def done(out: Path, step: int) -> bool:
+    """Whether all is written of a step: its line, and after it every episode."""
+    lines = whole_lines(out / "metrics.jsonl")
+    return len(lines) >= step and len(episodes(out, step)) == json.loads(lines[step - 1])["episodes"]
+
+
+def episodes(out: Path, step: int) -> list[str]:
+    return whole_lines(out / "trajectories" / f"step-{step:06d}.jsonl")
 
 
 def grpo_flags(args: argparse.Namespace, model: Path, out: Path) -> list[str]:
@@ -151,21 +163,33 @@ def memory_in_use() -> dict[str, float]:
 # -- what came of it ----------------------------------------------------------------------------------------------
 
 
-def conversations(out: Path) -> dict[str, float]:
-    """Means over all episodes, as --dry-run asks for them."""
-    lines = [line for path in sorted((out / "trajectories").glob("step-*.jsonl")) for line in whole_lines(path)]
-    played = [Trajectory.from_json(json.loads(line)["trajectory"]) for line in lines]
+def report(args: argparse.Namespace, model: Path, out: Path, step: int, more: list[str]) -> dict[str, Any]:
+    """What a step took, beside what it would by --dry-run."""
+    line = json.loads(whole_lines(out / "metrics.jsonl")[step - 1])
+    shown = ("seconds", "share", "episode_seconds", "tokens", "tokens_said", "stops", "drift", "sync_drift")
+    told = conversations(out, step)
+    return {
+        **{name: line.get(name) for name in shown},
+        "conversations": told,
+        "computed": computed(args, model, out, told, more),
+    }
+
+
+def conversations(out: Path, step: int) -> dict[str, float]:
+    """Means over the episodes of a step, as --dry-run asks for them; and the longest episode, in seconds."""
+    played = [Trajectory.from_json(json.loads(line)["trajectory"]) for line in episodes(out, step)]
     played = [t for t in played if t.turns]
     said, turns = sum(sum(t.said) for t in played), sum(len(t.turns) for t in played)
     opening = statistics.fmean(t.turns[0].start for t in played)
     whole = statistics.fmean(len(t.ids) for t in played)
     return {
-        "episodes": len(lines),
         "opening_tokens": opening,
         "turns": turns / len(played),
         "said_tokens": said / turns,
         "heard_tokens": ((whole - opening) * len(played) - said) / turns,
+        "user_seconds": sum(t.seconds["user"] for t in played) / turns,
         "tokens": whole,
+        "longest_seconds": max(sum(t.seconds.values()) for t in played),
     }
 
 
@@ -209,17 +233,11 @@ def main(argv: list[str]) -> None:
     result["model_seconds"] = time.perf_counter() - start
     with customers(args, model) as address:
         result["until_customers_seconds"] = time.perf_counter() - start
-        memory = train(args, model, out, address, more)
-    result["seconds"] = time.perf_counter() - start
-    lines = [json.loads(line) for line in whole_lines(out / "metrics.jsonl")]
-    shown = ("seconds", "share", "episode_seconds", "tokens", "tokens_said", "stops", "drift", "sync_drift")
-    result["steps"] = [{name: line.get(name) for name in shown} for line in lines]
-    result["memory_gb"] = memory
-    result["conversations"] = conversations(out)
-    waited = statistics.fmean(line["episode_seconds"]["user"] for line in lines)
-    told = {**result["conversations"], "user_seconds": waited / result["conversations"]["turns"]}
-    result["computed"] = computed(args, model, out, told, more)
-    (work / "whole_step.json").write_text(json.dumps(result, indent=1))
+        steps = result["steps"] = []
+        for step, memory in enumerate(train(args, model, out, address, more), 1):
+            steps.append({**report(args, model, out, step, more), "memory_gb": memory})
+            result["seconds"] = time.perf_counter() - start
+            (work / "whole_step.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result, indent=1))
 
 
