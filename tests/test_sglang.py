@@ -90,6 +90,21 @@ def engine(shared, reference):
     return shared
 
 
+@pytest.fixture(scope="module")
+def mortals(reference, model_dir, tmp_path_factory):
+    with engine_of(fake(model_dir, tmp_path_factory.mktemp("mortal") / "log"), reference) as engine:
+        yield engine
+
+
+@pytest.fixture
+def mortal(mortals, reference, monkeypatch):
+    """An engine whose server a test may end, for then it is started again: each begins with a life after a sync."""
+    mortals.sync(list(reference.named_parameters()), 1)
+    monkeypatch.setattr(mortals, "stop_ids", [])  # every reply takes its 150 steps
+    monkeypatch.setattr(mortals, "timeout", 60.0)
+    return mortals
+
+
 def is_running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -133,30 +148,26 @@ def ask_while_tending(engine, n, then=lambda: None):
 # -- it stays up ---------------------------------------------------------------------------------------------
 
 
-def test_a_killed_server_is_started_again_with_the_current_weights_and_no_request_is_lost(
-    reference, model_dir, tmp_path, capsys
-):
-    with engine_of(fake(model_dir, tmp_path / "log"), reference) as engine:
-        before, engine.stop_ids = child_of(engine.server), []  # every reply takes its 150 steps
-        replies = ask_while_tending(engine, 16, then=lambda: os.kill(before, signal.SIGKILL))
-        assert child_of(engine.server) != before and not is_running(before)
-        # Fresh from its start it has other weights (it loads dummies), and a version that is no number.
-        for prompt, completion in replies:
-            assert completion.weight_version == 1
-            assert error_of(reference, prompt, completion, LONG) < 1e-4
+def test_a_killed_server_is_started_again_with_the_current_weights_and_no_request_is_lost(mortal, reference, capsys):
+    before = child_of(mortal.server)
+    replies = ask_while_tending(mortal, 16, then=lambda: os.kill(before, signal.SIGKILL))
+    assert child_of(mortal.server) != before and not is_running(before)
+    # Fresh from its start it has other weights (it loads dummies), and a version that is no number.
+    for prompt, completion in replies:
+        assert completion.weight_version == 1
+        assert error_of(reference, prompt, completion, LONG) < 1e-4
     assert "is started again" in capsys.readouterr().out
 
 
-def test_a_hanging_server_is_noticed_by_the_deadline(reference, model_dir, tmp_path, monkeypatch):
+def test_a_hanging_server_is_noticed_by_the_deadline(mortal, reference, monkeypatch):
     monkeypatch.setattr(server_module, "HEALTH_SECONDS", 1.0)
-    with engine_of(fake(model_dir, tmp_path / "log"), reference) as engine:
-        before = child_of(engine.server)
-        os.kill(before, signal.SIGSTOP)
-        engine.timeout = 2.0  # of the replies; the restart may take longer
-        start = time.monotonic()
-        replies = ask_while_tending(engine, 4, then=lambda: setattr(engine, "timeout", 60.0))
-        assert all(error_of(reference, prompt, said, LONG) < 1e-4 for prompt, said in replies)
-        assert not is_running(before) and time.monotonic() - start < 30
+    before = child_of(mortal.server)
+    os.kill(before, signal.SIGSTOP)
+    mortal.timeout = 2.0  # of the replies; the restart may take longer
+    start = time.monotonic()
+    replies = ask_while_tending(mortal, 4, then=lambda: setattr(mortal, "timeout", 60.0))
+    assert all(error_of(reference, prompt, said, LONG) < 1e-4 for prompt, said in replies)
+    assert not is_running(before) and time.monotonic() - start < 30
 
 
 def test_a_slow_reply_of_a_healthy_server_is_an_error_of_that_request_alone(engine):
@@ -190,8 +201,9 @@ def test_deaths_are_counted_anew_after_a_sync(reference, model_dir, tmp_path):
             assert engine.generate([9, 8], SOFT, session="s", seed=0).weight_version == version
 
 
-def test_a_server_that_never_starts_says_why_in_one_line(model_dir, tmp_path):
-    server = fake(model_dir, tmp_path / "log", FAKE_SGLANG_NEVER_STARTS="1")
+def test_a_server_that_never_starts_says_why_in_one_line(tmp_path):
+    code = "import sys; sys.exit('no such kernel image')"
+    server = Server(lambda port: [sys.executable, "-c", code], tmp_path / "log", "SGLang")
     with pytest.raises(EngineError, match=r"died while it started; the end of .*log: .*no such kernel image") as caught:
         server.start(60.0, shown=False)
     assert "\n" not in str(caught.value)
@@ -358,12 +370,10 @@ def test_of_servers_in_one_group_only_the_dead_one_is_to_blame(reference, model_
         broadcaster.part()
 
 
-def test_without_weights_nothing_is_sampled(model_dir, tmp_path):
-    engine = SGLangEngine(
-        fake(model_dir, tmp_path / "log"), STOP, vocab_size=97, max_context=99, dtype=torch.float32, timeout=60
-    )
-    with contextlib.closing(engine), pytest.raises(EngineError, match="no weights were handed over"):
-        engine.generate([9], SOFT, session="s", seed=0)
+def test_without_weights_nothing_is_sampled(engine):
+    new = SGLangEngine(None, STOP, url=engine.url, vocab_size=97, max_context=99, dtype=torch.float32, timeout=60)
+    with pytest.raises(EngineError, match="no weights were handed over"):
+        new.generate([9], SOFT, session="s", seed=0)
 
 
 def test_weights_that_somebody_else_sent_are_noticed(engine, reference):
@@ -448,17 +458,14 @@ def test_the_probe_counts_on_every_rank_and_nan_is_no_small_number(policy, monke
         probe.sync(engine, run, cfg, 3)
 
 
-def test_two_servers_that_die_at_once_are_one_death_each(reference, model_dir, tmp_path):
+def test_two_servers_that_die_at_once_are_one_death_each(mortal):
     # While a worker starts the server, another rank's announcement makes this thread look after weights.
-    with engine_of(fake(model_dir, tmp_path / "log"), reference) as engine:
+    def kill_and_announce():
+        os.kill(child_of(mortal.server), signal.SIGKILL)
+        parallel.announce("a server was started anew")
 
-        def kill_and_announce():
-            os.kill(child_of(engine.server), signal.SIGKILL)
-            parallel.announce("a server was started anew")
-
-        engine.stop_ids = []
-        replies = ask_while_tending(engine, 8, then=kill_and_announce)
-        assert engine.deaths == 1 and not any(isinstance(reply, EngineError) for reply in replies)
+    replies = ask_while_tending(mortal, 8, then=kill_and_announce)
+    assert mortal.deaths == 1 and not any(isinstance(reply, EngineError) for reply in replies)
 
 
 # -- one server of two ranks ---------------------------------------------------------------------------------
