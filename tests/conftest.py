@@ -48,9 +48,9 @@ def heeds_ctrl_c():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads():
-    """Models this small lose time on more threads, and the machine may be shared."""
-    torch.set_num_threads(2)
+def one_thread():
+    """Models this small gain nothing by a second thread, and where others want the cores they wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ weights that are not what load_format says, memory that is released twice or und
 know does not.) With --tp-size N it wants N handles, and takes the i-th part of every tensor from the i-th, as N workers
 would; that one more or less kills it is stricter than SGLang, which leaves out what is too much. For a test's sake the
 environment may ask for trouble: FAKE_SGLANG_DIES=N ends it after N replies, in each of its lives, on every rank or on
-that of FAKE_SGLANG_RANK; FAKE_SGLANG_NEVER_STARTS=1 at once.
+that of FAKE_SGLANG_RANK.
 """
 
 import argparse
@@ -254,8 +254,6 @@ def main():
         parser.add_argument(flag, action="store_true")
     args = parser.parse_args()
     print(f"the fake server starts with {' '.join(sys.argv[1:])}", flush=True)
-    if os.environ.get("FAKE_SGLANG_NEVER_STARTS"):
-        sys.exit("no such kernel image")
     torch.set_num_threads(1)
     ThreadingHTTPServer.request_queue_size = 128
     ThreadingHTTPServer((args.host, args.port), handler(Fake(args))).serve_forever()

@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+from types import SimpleNamespace
 
 import pytest
+import warm
 
 from minitau import ablate, cli, config, demo
 from minitau.ablations import SETTINGS, by_name, markdown, sentence
@@ -201,9 +204,14 @@ SMALL = {
 }
 
 
+def warmly(command, *, cwd, env, stdout, **_):
+    return warm.Script(*command[1:], cwd=cwd, stdout=stdout, stderr=stdout, **env)
+
+
 def test_two_settings_from_one_model(rft, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(demo, "FLAGS", SMALL)
     monkeypatch.setattr(ablate, "SETTINGS", [by_name("default"), by_name("rounded")])
+    monkeypatch.setattr("minitau.parts.subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": warmly}))
     out = tmp_path / "out"
     flags = ["--model", str(rft), "--out", str(out), "--episodes", "4", "--tasks", "1", "--jobs", "2", "--seeds", "7"]
     ablate.main([*flags, "--only", "default"])

@@ -1,10 +1,13 @@
 """The base model: nothing of courier in what it reads, an agent that is always right, and a directory that loads."""
 
+import contextlib
+import io
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,18 +180,32 @@ def test_batches_do_not_depend_on_who_draws_them():
     assert not torch.equal(one[2][0], pretrain.Batches(replace(cfg, seed=1), BASE)[2][0])
 
 
-def test_pretraining_writes_a_model_with_its_curve_and_scores(tmp_path, capsys):
-    out = tmp_path / "base"
-    small = "--steps 4 --batch-tokens 2048 --vocab 2700 --layers 1 --hidden 32 --heads 2 --scored 2 --workers 1"
-    pretrain.main(["--out", str(out), *small.split()])
-    printed = capsys.readouterr().out
-    record = json.loads((out / "pretraining.json").read_text())
-    assert [line["step"] for line in record["curve"]] == [1, 2, 3, 4]
+SMALL = "--steps 10 --batch-tokens 1024 --vocab 2700 --layers 1 --hidden 32 --heads 2 --scored 2 --workers 1"
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A whole pretraining at its smallest: its folder, what it printed, and what `redraw` was called with."""
+    out, drawn, redraw = tmp_path_factory.mktemp("pretrained") / "base", [], pretrain.redraw
+
+    def recorded(weight, chosen, known, generator):
+        drawn.append((chosen, known))
+        redraw(weight, chosen, known, generator)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(pretrain, "redraw", recorded)
+        pretrain.main(["--out", str(out), "--forget-every", "2", *SMALL.split()])
+    return SimpleNamespace(out=out, printed=printed.getvalue(), drawn=drawn)
+
+
+def test_pretraining_writes_a_model_with_its_curve_and_scores(pretrained):
+    record = json.loads((pretrained.out / "pretraining.json").read_text())
+    assert [line["step"] for line in record["curve"]] == list(range(1, 11))
     assert record["settings"]["hidden"] == 32 and set(record["held_out"]) == {"loss", "copied_ids", "calls", "speech"}
-    assert printed.count("loss") >= 4 and "held-out" in printed
-    assert checkpoint.load_model(out).cfg.hidden_size == 32
+    assert pretrained.printed.count("loss") >= 10 and "held-out" in pretrained.printed
+    assert checkpoint.load_model(pretrained.out).cfg.hidden_size == 32
     with pytest.raises(BadInput, match="holds a model already"):
-        pretrain.main(["--out", str(out), *small.split()])
+        pretrain.main(["--out", str(pretrained.out), *SMALL.split()])
 
 
 @pytest.mark.parametrize("flag", ["--batch-tokens 100", "--heads 3", "--workers -1", "--steps 0", "--layers 0"])
@@ -210,12 +227,8 @@ def test_redrawn_embeddings_are_like_the_known_ones():
     assert_close(weight[500:].T.cov(), before[:400].T.cov(), atol=0.3, rtol=0)
 
 
-def test_ids_are_forgotten_in_the_first_part_of_the_training(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(pretrain, "redraw", lambda weight, chosen, known, generator: drawn.append((chosen, known)))
-    small = "--steps 10 --batch-tokens 1024 --vocab 2700 --layers 1 --hidden 32 --heads 2 --scored 1 --workers 1"
-    pretrain.main(["--out", str(tmp_path / "base"), "--forget-every", "2", *small.split()])
-    ids = pretrain.three_digits(load_chat(tmp_path / "base", "native"))
+def test_ids_are_forgotten_in_the_first_part_of_the_training(pretrained):
+    drawn, ids = pretrained.drawn, pretrain.three_digits(load_chat(pretrained.out, "native"))
     assert ids.sum() == 900 and len(drawn) == 3 + 2  # after steps 2, 4 and 6; at the end the unseen of both kinds
     for chosen, known in drawn[:3]:
         assert not chosen[~ids].any() and 350 < chosen.sum() < 550 and not known[~ids].any()

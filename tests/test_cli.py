@@ -18,13 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 import eval as evaluation
 import serve_user
 import train
 from minitau import ablate, cli, config, demo, plot, study, tiny, view
 from minitau.base import pretrain
-from minitau.log import run_script, whole_lines
+from minitau.log import run_script
 
 ROOT = Path(__file__).parent.parent
 
@@ -168,7 +169,7 @@ def test_no_disk_space_at_a_checkpoint(tmp_path, tiny_dir, data):
         "checkpoint.save = save\n"
         f"sys.exit(log.run_script('train.py', train.main, {flags.split()!r}))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = warm.run("-c", code)
     assert done.returncode == 2
     # A carriage return is how the progress bar gets out of the way.
     lines = [line for line in done.stderr.replace("\r", "\n").split("\n") if line.startswith("train.py:")]
@@ -180,21 +181,23 @@ def test_no_disk_space_at_a_checkpoint(tmp_path, tiny_dir, data):
 
 def test_ctrl_c_in_a_rollout_and_a_second_process(tmp_path, tiny_dir):
     """An orderly end in the middle of episodes, and until then nobody else gets into the folder."""
-    flags = f"--stage grpo --model {tiny_dir} --out {tmp_path / 'run'} --max-new-tokens 100 --resume".split()
-    command = [sys.executable, "train.py", *flags]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    first = subprocess.Popen(command, cwd=ROOT, **pipes)
+    flags = f"--stage grpo --model {tiny_dir} --out {tmp_path / 'run'} --max-new-tokens 100 --no-screen --resume"
+    said = tmp_path / "said"
+    with open(said, "w") as file:
+        first = warm.Script("train.py", *flags.split(), stderr=file)
     try:
         deadline = time.time() + 120
-        while not whole_lines(tmp_path / "run" / "metrics.jsonl") and time.time() < deadline:
+        while "step 1: " not in said.read_text() and time.time() < deadline:  # the bar of its first episodes
             assert first.poll() is None
             time.sleep(0.05)
-        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        second = warm.run("train.py", *flags.split())
         assert second.returncode == 2 and "another process is at work" in second.stderr, second.stderr
+        assert first.poll() is None and not (tmp_path / "run" / "metrics.jsonl").read_text(), "it still plays"
         first.send_signal(signal.SIGINT)
-        _, err = first.communicate(timeout=60)
+        first.wait(60)
     finally:
         first.kill()
+    err = said.read_text()
     assert first.returncode == 130 and "interrupted" in err and "Traceback" not in err, err[-2000:]
 
 
@@ -266,8 +269,11 @@ def test_every_command_in_the_readme_has_flags_that_exist():
     "name", ["checkpoints", "engine", "peers", "tau2_concurrent", "tau2_faithful", "trainer", "whole_step"]
 )
 def test_a_benchmark_starts_as_the_readme_says(name):
-    """From the repository's root, with nothing of ours installed."""
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    """From the repository's root, with nothing of ours installed. The first is typed for real."""
+    command = ["-m", f"benchmarks.{name}", "--help"]
+    if name == "checkpoints":
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    else:
+        done = warm.run(*command)
     assert done.returncode == 0 and f"benchmarks.{name}" in done.stdout, done.stderr[-500:]

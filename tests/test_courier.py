@@ -1,6 +1,7 @@
 """The courier domain: gold is paid everywhere, doing nothing hardly anywhere, and each mistake costs the reward."""
 
 import dataclasses
+import functools
 import json
 import re
 from random import Random
@@ -67,13 +68,15 @@ def plain_case(text):
     return re.findall(r"[A-Za-z0-9]+", text)
 
 
-def rate(domain, agent, seeds=("0",)):
-    rewards = [
-        WORLD.demonstrate(task, agent, seed).evaluation.reward
-        for split in SPLITS
-        for task in WORLD.tasks(domain, split)
-        for seed in seeds
-    ]
+@functools.cache
+def gold(task):
+    """How it should go; not to be changed, for several tests look at it."""
+    return WORLD.demonstrate(task, "gold", "0")
+
+
+def rate(domain, agent):
+    tasks = [task for split in SPLITS for task in WORLD.tasks(domain, split)]
+    rewards = [WORLD.demonstrate(task, agent, "0").evaluation.reward for task in tasks]
     return sum(rewards) / len(rewards)
 
 
@@ -81,9 +84,8 @@ def rate(domain, agent, seeds=("0",)):
 def test_gold_is_paid_on_every_task(domain):
     for split in SPLITS:
         for task in WORLD.tasks(domain, split):
-            for seed in ("a", "b", "c"):
-                demo = WORLD.demonstrate(task, "gold", seed)
-                assert demo.evaluation.reward == 1.0, (task, seed)
+            for demo in (gold(task), *(WORLD.demonstrate(task, "gold", seed) for seed in ("1", "2"))):
+                assert demo.evaluation.reward == 1.0, task
                 assert all(check.passed for check in demo.evaluation.checks)
 
 
@@ -94,7 +96,7 @@ def test_doing_nothing_hardly_pays(domain):
 
 
 def test_flawed_leaves_headroom():
-    rates = [rate(domain, "flawed", ("0", "1", "2")) for domain in DOMAINS]
+    rates = [rate(domain, "flawed") for domain in DOMAINS]
     promised = int(re.search(r"some (\d+)%", Courier.demonstrate.__doc__)[1]) / 100
     assert sum(rates) / 3 == pytest.approx(promised, abs=0.03)
     assert all(0.3 <= each <= 0.55 for each in rates)
@@ -117,7 +119,7 @@ def test_a_script_knows_only_what_it_was_told(agent):
 
 def test_gold_is_short():
     turns = [
-        sum(message.role == "assistant" for message in WORLD.demonstrate(task, "gold", "0").messages)
+        sum(message.role == "assistant" for message in gold(task).messages)
         for domain in DOMAINS
         for task in WORLD.tasks(domain, "test")
     ]
@@ -135,7 +137,7 @@ def test_a_small_model_can_read_it():
     lengths = []
     for domain in DOMAINS:
         for task in WORLD.tasks(domain, "test"):
-            demo = WORLD.demonstrate(task, "gold", "0")
+            demo = gold(task)
             assert len(chat.open(demo.opening)) <= 230
             row = json.loads(json.dumps(sft.to_row(demo)))
             lengths.append(len(sft.to_trajectory(conversation(row | {"task": ""}, 1), chat).ids))
@@ -476,7 +478,7 @@ def test_ids_keep_to_their_range():
     assert all(word.isalnum() for word in ID_WORDS)
     for domain in DOMAINS:
         for task in WORLD.tasks(domain, "train"):
-            demo = WORLD.demonstrate(task, "gold", "0")
+            demo = gold(task)
             text = json.dumps([demo.opening.policy, [m.content for m in (*demo.opening.messages, *demo.messages)]])
             assert all(int(number) < 700 or number in ids for number in re.findall(r"\d+", text))
 
@@ -487,7 +489,7 @@ def test_everything_is_json_and_small():
         assert len(POLICY[domain].split()) < 120
         assert all(reason in POLICY[domain] for reason in REASONS[domain])
         for task in WORLD.tasks(domain, "test"):
-            demo = WORLD.demonstrate(task, "gold", "0")
+            demo = gold(task)
             json.dumps(dataclasses.asdict(demo))
             names = [tool["function"]["name"] for tool in demo.opening.tools]
             assert names == ["verify", "look", *ACTS[domain], "transfer"]

@@ -3,13 +3,11 @@
 import itertools
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import pytest
+import warm
 
 import eval as script
 from minitau import rollout
@@ -20,7 +18,6 @@ from minitau.episode import EnvError, Evaluation, Stop, Task, Trajectory, UserEr
 from minitau.estimators import bootstrap_interval, pass_at_k, pass_hat_k
 from minitau.log import run_script, whole_lines
 
-ROOT = Path(__file__).parent.parent
 KEYS = {"stage", "domain", "split", "tasks", "trials", "pass@1", "pass@4", "pass^4", "ci95", "seconds"}
 
 
@@ -233,7 +230,7 @@ def test_kill_9_midway_and_no_trial_is_played_twice(tmp_path, tiny_dir, monkeypa
     out = tmp_path / "out"
     flags = f"--model {tiny_dir} --out {out} --domains desk --tasks 8 --num-trials 3 --concurrency 2 --max-turns 4"
     flags = [*flags.split(), "--max-new-tokens", "48", "--resume"]
-    process = subprocess.Popen([sys.executable, "eval.py", *flags], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = warm.Script("eval.py", *flags)
     path = out / "episodes-0.jsonl"
     try:
         deadline = time.time() + 120
@@ -272,8 +269,7 @@ def test_two_ranks_share_an_evaluation_and_one_goes_on_with_it(tmp_path, tiny_di
     out = tmp_path / "out"
     flags = f"--model {tiny_dir} --out {out} --domains desk --tasks 4 --num-trials 4 --concurrency 2 --max-turns 2"
     flags = [*flags.split(), "--max-new-tokens", "16", "--resume"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "eval.py"]
-    done = subprocess.run([*torchrun, *flags], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = warm.run("eval.py", *flags, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("pass@1") == 1, "one table"
     parts = [whole_lines(out / f"episodes-{rank}.jsonl") for rank in (0, 1)]

@@ -1,22 +1,18 @@
 """Two real processes against one: the same gradients, the same weights, the same checkpoints.
 
-torchrun costs seconds, so one start does everything (tests/ranks.py) and the tests read what it found.
+A start costs seconds, so one does everything (tests/ranks.py) and the tests read what it found.
 """
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import ranks
 import torch
+import warm
 from conftest import SMALL, small_model
 
 from minitau import checkpoint, parallel
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
@@ -42,14 +38,7 @@ def two(tmp_path_factory, one):
     """(folder, what rank 0 found, what rank 1 found). Before they start, one process leaves them a checkpoint."""
     folder = tmp_path_factory.mktemp("ranks")
     ranks.save(one["run"], folder / "by-one", 3)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "ranks.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = warm.run("tests/ranks.py", str(folder), ranks=2, PYTHONPATH=str(warm.ROOT), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, *(torch.load(folder / f"rank-{rank}.pt") for rank in range(2))
 

@@ -2,24 +2,18 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+import warm
 
 from benchmarks import mfu
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--shape", "tiny", "--attention", "sdpa", "--lengths", "40,16,8", "--steps", "4"]
 
 
 def run(*flags):
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.peers", *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    return warm.run("-m", "benchmarks.peers", *flags, CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.parametrize("which", ["transformers", "trl"])

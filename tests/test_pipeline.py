@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import warm
 
 import eval as evaluation
 import train
@@ -115,7 +116,7 @@ def test_a_demo_needs_a_base_model_and_a_folder_of_its_own(tmp_path, tiny_dir):
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "letters.txt").write_text("mine")
-    done = command("-m", "minitau.demo", "--base", str(tiny_dir), "--out", str(stranger), "--no-resume")
+    done = warm.run("-m", "minitau.demo", "--base", str(tiny_dir), "--out", str(stranger), "--no-resume")
     assert done.returncode == 2 and "not made by this command" in done.stderr
     assert (stranger / "letters.txt").read_text() == "mine"
 

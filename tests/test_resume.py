@@ -5,21 +5,18 @@ the tiny random model; its rewards are all 0, so that in GRPO entropy and KL alo
 """
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 
-from minitau import checkpoint
+from minitau import checkpoint, sft
 from minitau.log import whole_lines
 
-ROOT = Path(__file__).parent.parent
 # Flags of each stage, and how many lines of metrics it writes.
 EPISODES = "--max-new-tokens 16 --max-turns 3 --max-tokens 1024"
 STAGES = {
@@ -40,23 +37,20 @@ STAGES = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "demonstrations.jsonl"
-    command = [sys.executable, "-m", "minitau.sft", "--tasks", "12", "--out", str(path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    sft.main(["--tasks", "12", "--out", str(path)])
     return path
 
 
-def start(stage: str, model: Path, data: Path, out: Path) -> subprocess.Popen:
+def start(stage: str, model: Path, data: Path, out: Path) -> warm.Script:
     flags = f"--stage {stage} --model {model} --out {out} --resume {STAGES[stage][0]}"
     if stage == "sft":
         flags += f" --data {data}"
-    return subprocess.Popen(
-        [sys.executable, "train.py", *flags.split()], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    with open(f"{out}.err", "w") as said:
+        return warm.Script("train.py", *flags.split(), stderr=said)
 
 
-def finish(process: subprocess.Popen) -> None:
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err.decode()[-2000:]
+def finish(process: warm.Script, out: Path) -> None:
+    assert process.wait(120) == 0, Path(f"{out}.err").read_text()[-2000:]
 
 
 def metrics(out: Path) -> list[dict]:
@@ -69,7 +63,7 @@ def metrics(out: Path) -> list[dict]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_kill_and_resume(stage, tiny_dir, data, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(start(stage, tiny_dir, data, whole))
+    finish(start(stage, tiny_dir, data, whole), whole)
     process = start(stage, tiny_dir, data, broken)
     # Wait for a line, so that there is something to lose, then for a moment that nobody chose.
     lines, moment = random.randint(1, STAGES[stage][1] - 1), random.random()
@@ -77,10 +71,10 @@ def test_kill_and_resume(stage, tiny_dir, data, tmp_path):
     while len(whole_lines(broken / "metrics.jsonl")) < lines and process.poll() is None and time.time() < deadline:
         time.sleep(0.005)
     time.sleep(0.5 * moment)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
     logged = len(metrics(broken))
-    finish(start(stage, tiny_dir, data, broken))
+    finish(start(stage, tiny_dir, data, broken), broken)
     where = f"killed after {lines} lines and {0.5 * moment:.3f} s, when {logged} were logged"
     assert len(metrics(whole)) == STAGES[stage][1]
     assert metrics(broken) == metrics(whole), where

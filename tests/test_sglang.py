@@ -6,6 +6,7 @@ MINITAU_SGLANG set, that file holds the real server to it.
 
 import base64
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -14,7 +15,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import pytest
 import shared_server
 import torch
+import warm
 from conftest import FAKE_SGLANG, FOR_THE_FAKE, ROOT, Allocations, child_of, small_model
 from test_engine import STOP, error_of, some_ids
 
@@ -89,6 +90,21 @@ def engine(shared, reference):
     return shared
 
 
+@pytest.fixture(scope="module")
+def mortals(reference, model_dir, tmp_path_factory):
+    with engine_of(fake(model_dir, tmp_path_factory.mktemp("mortal") / "log"), reference) as engine:
+        yield engine
+
+
+@pytest.fixture
+def mortal(mortals, reference, monkeypatch):
+    """An engine whose server a test may end, for then it is started again: each begins with a life after a sync."""
+    mortals.sync(list(reference.named_parameters()), 1)
+    monkeypatch.setattr(mortals, "stop_ids", [])  # every reply takes its 150 steps
+    monkeypatch.setattr(mortals, "timeout", 60.0)
+    return mortals
+
+
 def is_running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -132,30 +148,26 @@ def ask_while_tending(engine, n, then=lambda: None):
 # -- it stays up ---------------------------------------------------------------------------------------------
 
 
-def test_a_killed_server_is_started_again_with_the_current_weights_and_no_request_is_lost(
-    reference, model_dir, tmp_path, capsys
-):
-    with engine_of(fake(model_dir, tmp_path / "log"), reference) as engine:
-        before, engine.stop_ids = child_of(engine.server), []  # every reply takes its 150 steps
-        replies = ask_while_tending(engine, 16, then=lambda: os.kill(before, signal.SIGKILL))
-        assert child_of(engine.server) != before and not is_running(before)
-        # Fresh from its start it has other weights (it loads dummies), and a version that is no number.
-        for prompt, completion in replies:
-            assert completion.weight_version == 1
-            assert error_of(reference, prompt, completion, LONG) < 1e-4
+def test_a_killed_server_is_started_again_with_the_current_weights_and_no_request_is_lost(mortal, reference, capsys):
+    before = child_of(mortal.server)
+    replies = ask_while_tending(mortal, 16, then=lambda: os.kill(before, signal.SIGKILL))
+    assert child_of(mortal.server) != before and not is_running(before)
+    # Fresh from its start it has other weights (it loads dummies), and a version that is no number.
+    for prompt, completion in replies:
+        assert completion.weight_version == 1
+        assert error_of(reference, prompt, completion, LONG) < 1e-4
     assert "is started again" in capsys.readouterr().out
 
 
-def test_a_hanging_server_is_noticed_by_the_deadline(reference, model_dir, tmp_path, monkeypatch):
+def test_a_hanging_server_is_noticed_by_the_deadline(mortal, reference, monkeypatch):
     monkeypatch.setattr(server_module, "HEALTH_SECONDS", 1.0)
-    with engine_of(fake(model_dir, tmp_path / "log"), reference) as engine:
-        before = child_of(engine.server)
-        os.kill(before, signal.SIGSTOP)
-        engine.timeout = 2.0  # of the replies; the restart may take longer
-        start = time.monotonic()
-        replies = ask_while_tending(engine, 4, then=lambda: setattr(engine, "timeout", 60.0))
-        assert all(error_of(reference, prompt, said, LONG) < 1e-4 for prompt, said in replies)
-        assert not is_running(before) and time.monotonic() - start < 30
+    before = child_of(mortal.server)
+    os.kill(before, signal.SIGSTOP)
+    mortal.timeout = 2.0  # of the replies; the restart may take longer
+    start = time.monotonic()
+    replies = ask_while_tending(mortal, 4, then=lambda: setattr(mortal, "timeout", 60.0))
+    assert all(error_of(reference, prompt, said, LONG) < 1e-4 for prompt, said in replies)
+    assert not is_running(before) and time.monotonic() - start < 30
 
 
 def test_a_slow_reply_of_a_healthy_server_is_an_error_of_that_request_alone(engine):
@@ -189,8 +201,9 @@ def test_deaths_are_counted_anew_after_a_sync(reference, model_dir, tmp_path):
             assert engine.generate([9, 8], SOFT, session="s", seed=0).weight_version == version
 
 
-def test_a_server_that_never_starts_says_why_in_one_line(model_dir, tmp_path):
-    server = fake(model_dir, tmp_path / "log", FAKE_SGLANG_NEVER_STARTS="1")
+def test_a_server_that_never_starts_says_why_in_one_line(tmp_path):
+    code = "import sys; sys.exit('no such kernel image')"
+    server = Server(lambda port: [sys.executable, "-c", code], tmp_path / "log", "SGLang")
     with pytest.raises(EngineError, match=r"died while it started; the end of .*log: .*no such kernel image") as caught:
         server.start(60.0, shown=False)
     assert "\n" not in str(caught.value)
@@ -210,14 +223,15 @@ import os, sys, time
 from pathlib import Path
 from minitau.engines.server import Server
 from minitau.log import run_script
-command = sys.argv[2:]
+command = sys.argv[3:]
 def body(_):
     server = Server(lambda port: [*command, "--port", str(port)], Path(sys.argv[1]), "SGLang")
     server.start(60.0, shown=False)
     keeper = server.process.pid
     child = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()[0]
     print(keeper, child, flush=True)
-    how = sys.stdin.readline().strip()
+    while not (how := Path(sys.argv[2]).read_text()):
+        time.sleep(0.05)
     if how == "exception":
         raise RuntimeError("a bug")
     if how == "close":
@@ -232,18 +246,15 @@ sys.exit(run_script("owner", body, []))
 )
 def test_no_server_outlives_its_owner(model_dir, tmp_path, end):
     command = [*shlex.split(FAKE_SGLANG), "--model-path", str(model_dir), "--host", "127.0.0.1"]
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(tmp_path / "log"), *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, **FOR_THE_FAKE},
-    )
-    pids = [int(pid) for pid in owner.stdout.readline().split()]
+    how, said = tmp_path / "how", tmp_path / "said"
+    how.touch()
+    with open(said, "w") as file:
+        owner = warm.Script("-c", OWNER, str(tmp_path / "log"), str(how), *command, stdout=file, **FOR_THE_FAKE)
+    while not said.read_text() and owner.poll() is None:
+        time.sleep(0.05)
+    pids = [int(pid) for pid in said.read_text().split()]
     assert len(pids) == 2 and all(map(is_running, pids))
-    owner.stdin.write(f"{end}\n")
-    owner.stdin.flush()
+    how.write_text(end)
     if end.startswith("SIG"):
         time.sleep(0.3)
         owner.send_signal(getattr(signal, end))
@@ -339,31 +350,30 @@ def test_broadcast_weights_arrive_and_a_server_that_was_started_again_rejoins(
         assert 3 in {completion.weight_version for _, completion in replies}
 
 
-def test_of_servers_in_one_group_only_the_dead_one_is_to_blame(engine, reference, model_dir, tmp_path, monkeypatch):
+def test_of_servers_in_one_group_only_the_dead_one_is_to_blame(reference, model_dir, tmp_path, monkeypatch):
+    # (Its servers are its own: torch keeps the group that is given up, at the cost of a core while one of them lives.)
     monkeypatch.setattr("minitau.engines.handover.GRACE", 2.0)
-    weights, second = list(reference.named_parameters()), fake(model_dir, tmp_path / "log")
-    second.start(60.0, shown=False)
-    with contextlib.closing(second):
+    weights, second = list(reference.named_parameters()), fake(model_dir, tmp_path / "second")
+    with engine_of(fake(model_dir, tmp_path / "first"), reference) as engine, contextlib.closing(second):
+        second.start(60.0, shown=False)
         both, broadcaster = [engine.url, second.url], Broadcaster()
         assert broadcaster.send(weights, torch.float32, both, 3, 60.0) == {}
         os.kill(child_of(second), signal.SIGKILL)
         assert second.url in broadcaster.send(weights, torch.float32, both, 4, 60.0)
-    assert broadcaster.members == []
-    # Whoever is left is met again.
-    other = small_model(seed=5, scale=8.0)
-    assert broadcaster.send(list(other.named_parameters()), torch.float32, [engine.url], 5, 60.0) == {}
-    engine.version = 5
-    said = engine.generate([9, 8, 7], SOFT, session="s", seed=0)
-    assert said.weight_version == 5 and error_of(other, [9, 8, 7], said, SOFT) < 1e-4
-    broadcaster.part()
+        assert broadcaster.members == []
+        # Whoever is left is met again.
+        other = small_model(seed=5, scale=8.0)
+        assert broadcaster.send(list(other.named_parameters()), torch.float32, [engine.url], 5, 60.0) == {}
+        engine.version = 5
+        said = engine.generate([9, 8, 7], SOFT, session="s", seed=0)
+        assert said.weight_version == 5 and error_of(other, [9, 8, 7], said, SOFT) < 1e-4
+        broadcaster.part()
 
 
-def test_without_weights_nothing_is_sampled(model_dir, tmp_path):
-    engine = SGLangEngine(
-        fake(model_dir, tmp_path / "log"), STOP, vocab_size=97, max_context=99, dtype=torch.float32, timeout=60
-    )
-    with contextlib.closing(engine), pytest.raises(EngineError, match="no weights were handed over"):
-        engine.generate([9], SOFT, session="s", seed=0)
+def test_without_weights_nothing_is_sampled(engine):
+    new = SGLangEngine(None, STOP, url=engine.url, vocab_size=97, max_context=99, dtype=torch.float32, timeout=60)
+    with pytest.raises(EngineError, match="no weights were handed over"):
+        new.generate([9], SOFT, session="s", seed=0)
 
 
 def test_weights_that_somebody_else_sent_are_noticed(engine, reference):
@@ -448,17 +458,14 @@ def test_the_probe_counts_on_every_rank_and_nan_is_no_small_number(policy, monke
         probe.sync(engine, run, cfg, 3)
 
 
-def test_two_servers_that_die_at_once_are_one_death_each(reference, model_dir, tmp_path):
+def test_two_servers_that_die_at_once_are_one_death_each(mortal):
     # While a worker starts the server, another rank's announcement makes this thread look after weights.
-    with engine_of(fake(model_dir, tmp_path / "log"), reference) as engine:
+    def kill_and_announce():
+        os.kill(child_of(mortal.server), signal.SIGKILL)
+        parallel.announce("a server was started anew")
 
-        def kill_and_announce():
-            os.kill(child_of(engine.server), signal.SIGKILL)
-            parallel.announce("a server was started anew")
-
-        engine.stop_ids = []
-        replies = ask_while_tending(engine, 8, then=kill_and_announce)
-        assert engine.deaths == 1 and not any(isinstance(reply, EngineError) for reply in replies)
+    replies = ask_while_tending(mortal, 8, then=kill_and_announce)
+    assert mortal.deaths == 1 and not any(isinstance(reply, EngineError) for reply in replies)
 
 
 # -- one server of two ranks ---------------------------------------------------------------------------------
@@ -594,15 +601,7 @@ SMALL_GRPO = (
 )
 
 
-def script(*command, ranks=1, **environment):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    # Files, not pipes: torch's shared memory manager holds them open as long as a server holds a tensor.
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        env = {**os.environ, **FOR_THE_FAKE, "OMP_NUM_THREADS": "1", **environment}
-        words = [sys.executable, *torchrun, *command]
-        done = subprocess.run(words, cwd=ROOT, env=env, stdout=out, stderr=err, timeout=300, check=False)
-        done.stdout, done.stderr = ((file.seek(0), file.read())[1] for file in (out, err))
-    return done
+script = functools.partial(warm.run, **FOR_THE_FAKE)
 
 
 @pytest.mark.parametrize(("ranks", "tp"), [pytest.param(1, 1, marks=long), (2, 1), pytest.param(2, 2, marks=long)])
@@ -800,6 +799,16 @@ def test_bad_input_is_one_line(tiny_dir, tmp_path, flags, said):
 
 @pytest.mark.skipif(importlib.util.find_spec("sglang") is not None, reason="SGLang is installed here")
 def test_without_sglang_the_line_says_what_to_do_and_the_folder_is_free_for_it(tiny_dir, tmp_path):
-    done = script("train.py", *SMALL_GRPO.split(), "--model", str(tiny_dir), "--out", str(tmp_path / "run"))
+    """The real command."""
+    command = [
+        sys.executable,
+        "train.py",
+        *SMALL_GRPO.split(),
+        "--model",
+        str(tiny_dir),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "SGLang is not installed: pip install -r requirements-gpu.txt" in done.stderr
     assert not (tmp_path / "run").exists()

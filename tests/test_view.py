@@ -21,6 +21,12 @@ SCRIPT = "<script>document.title = 'broken'</script><img src=x onerror=\"documen
 STEER = "\x1b[2J\x1b]0;title\x07\x9b31m"  # clears a terminal, names its window, and paints it red
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """What is shown is as wide as the terminal; this one is the tests' own."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+
 # -- what training leaves --------------------------------------------------------------------------------------
 
 
