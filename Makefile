@@ -8,8 +8,9 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/ready
 	$(RUN) -m minitau.demo $(ARGS)
 
+# A file's tests keep together, for they share what was slow to make. ARGS="-n 0" runs them one after the other.
 test: $(VENV)/ready
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 base: $(VENV)/ready
 	$(RUN) -m minitau.base.pretrain --out outputs/base $(ARGS)
