@@ -223,6 +223,7 @@ def weigh(cfg: config.GRPO, groups: Sequence[Group]) -> list[batch.Sample]:
     shaped_PG = torch.tensor([shaped for _, shaped in groups], dtype=torch.float64)
     counted_PG = torch.tensor([[not t.stop.ours for t in group] for group, _ in groups])
     advantages_PG = grpo.advantages(shaped_PG, counted_PG, divide_by_std=cfg.divide_by_std)
+    advantages_PG = grpo.asymmetric(advantages_PG, cfg.negative_weight)
     trajectories = [t for group, _ in groups for t in group]
     pairs = [(t, a) for t, a in zip(trajectories, advantages_PG.flatten().tolist()) if any(t.said) and not t.stop.ours]
     said_S = torch.tensor([sum(t.said) for t, _ in pairs])

@@ -152,8 +152,9 @@ POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
 ).split()
 
 NOT_NEGATIVE = (  # noqa: SIM905  (likewise)
-    "lr weight_decay max_grad_norm warmup alpha clip_low clip_high entropy kl importance_cap sequence_low "
-    "sequence_high min_partial max_refused tasks episodes patience temperature user_temperature max_drift engine_round"
+    "lr weight_decay max_grad_norm warmup alpha negative_weight clip_low clip_high entropy kl importance_cap "
+    "sequence_low sequence_high min_partial max_refused tasks episodes patience temperature user_temperature max_drift "
+    "engine_round"
 ).split()
 
 NOT_EMPTY = ("user_model",)

@@ -171,6 +171,7 @@ class GRPO(Training, Episodes):
     aggregation: str = setting(
         "token-mean", "how token losses are averaged", ("token-mean", "sequence-mean", "dr-grpo")
     )
+    negative_weight: float = setting(1.0, "factor on advantages below 0; at 0 only successes teach")
     clip_low: float = setting(0.2, "lower clip of the ratio")
     clip_high: float = setting(0.28, "upper clip of the ratio")
     entropy: float = setting(0.001, "coefficient of the entropy bonus")

@@ -38,6 +38,15 @@ def advantages(rewards_PG: Tensor, counted_PG: Tensor, *, divide_by_std: bool) -
     return centred_PG / (std_P1 + 1e-6)
 
 
+def asymmetric(advantages_PG: Tensor, negative_weight: float) -> Tensor:
+    """(P, G) the same with those below zero times `negative_weight`.
+
+    What an attempt says after its mistake has the mistake's advantage, and is noise. A lower baseline makes less of
+    failures (Arnal et al. 2025, A = r - V); beside a group's standard deviation, which has no unit, a factor does it.
+    """
+    return torch.where(advantages_PG < 0, negative_weight * advantages_PG, advantages_PG)
+
+
 def token_weights(said_S: Tensor, aggregation: str, *, max_tokens: int) -> Tensor:
     """(S,) the weight of each token of trajectory s, so that the loss is the weighted *sum* over all.
 

@@ -43,6 +43,13 @@ def test_advantages_by_hand():
     close(found.sum(1), [0.0, 0.0])
 
 
+def test_failures_count_less():
+    found = tensor([0.5, -0.5, 0.0], [-1.0, 2.0, -1.0])
+    assert torch.equal(grpo.asymmetric(found, 1.0), found)
+    close(grpo.asymmetric(found, 0.25), [[0.5, -0.125, 0.0], [-0.25, 2.0, -0.25]])
+    close(grpo.asymmetric(found, 0.0), [[0.5, 0.0, 0.0], [0.0, 2.0, 0.0]])
+
+
 def test_episodes_that_do_not_count_are_in_no_statistic():
     rewards = tensor([1.0, 0.0, 0.0, 9.0], [0.0, 7.0, 1.0, 0.0])
     counted = torch.tensor([[True, True, False, False], [True, False, True, True]])
@@ -400,6 +407,8 @@ def test_weigh_keeps_order_and_drops_what_broke():
         *(("2", 0), ("2", 1), ("2", 2)),
     ]
     assert [s.advantage for s in samples] == pytest.approx([0.5, -0.5, -0.5, 0.0, 0.5])
+    samples = train.weigh(replace(CFG, divide_by_std=False, negative_weight=0.2), groups)
+    assert [s.advantage for s in samples] == pytest.approx([0.5, -0.1, -0.1, 0.0, 0.5])
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
