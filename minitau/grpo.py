@@ -41,8 +41,8 @@ def advantages(rewards_PG: Tensor, counted_PG: Tensor, *, divide_by_std: bool) -
 def asymmetric(advantages_PG: Tensor, negative_weight: float) -> Tensor:
     """(P, G) the same with those below zero times `negative_weight`.
 
-    What an attempt says after its mistake has the mistake's advantage, and is noise. A lower baseline makes less of
-    failures (Arnal et al. 2025, A = r - V); beside a group's standard deviation, which has no unit, a factor does it.
+    What an attempt says after its mistake has the mistake's advantage, and is noise. Arnal et al. 2025 make less of
+    failures by a lower baseline; advantages that are divided by a standard deviation have no unit, so a factor does it.
     """
     return torch.where(advantages_PG < 0, negative_weight * advantages_PG, advantages_PG)
 

@@ -68,8 +68,8 @@ def rollout(case: Case, rounds: Sequence[int], attempts: int) -> Part:
     engine_is = {"tp": case.tp, "shared": case.customers and case.guest}
 
     def slowest(turns: Sequence[int]) -> float:
-        most, of = at_once(case, len(turns)), rng.sample(turns, len(turns))
-        shares = (of[i::engines] for i in range(engines))
+        most, shuffled = at_once(case, len(turns)), rng.sample(turns, len(turns))
+        shares = (shuffled[i::engines] for i in range(engines))
         return max(
             pace.round_seconds(case.shape, case.gpu, share, most, case.told, rng, **engine_is) for share in shares
         )
