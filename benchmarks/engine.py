@@ -2,6 +2,7 @@
 
     python -m benchmarks.engine --engine-command "python -m sglang.launch_server" --work /tmp/engine
     torchrun --nproc_per_node 2 -m benchmarks.engine ...        # a server a rank, weights sharded over both
+    torchrun --nproc_per_node 2 -m benchmarks.engine --engine-tp 2 --parts sync,drift,trains    # one over both GPUs
     python -m benchmarks.engine --engine-gpus 1 ...             # the server on a GPU of its own, weights by NCCL
 
 starts a server a rank with a random Qwen3 of 4B parameters, of which the trainer (fp32 weights, sharded over several
@@ -91,6 +92,7 @@ def open_both(args: argparse.Namespace) -> tuple[Qwen3, Chat, SGLangEngine, Simp
         engine_command=args.engine_command,
         engine_mem=args.engine_mem,
         engine_gpus=tuple(filter(None, args.engine_gpus.split(","))),
+        engine_tp=args.engine_tp,
         engine_sleep=torch.cuda.is_available() and not args.engine_gpus,
         dtype=args.dtype,
         max_tokens=16_384,
@@ -174,8 +176,9 @@ def parts_of_sync(engine: SGLangEngine, weights: parallel.FullWeights) -> dict[s
 
 
 def left_over(engine: SGLangEngine) -> dict[str, float]:
-    """What might leak: open files here and in the server's processes, memory of the whole GPU in use."""
-    pids = [os.getpid(), *descendants(engine.server.process.pid)]
+    """What might leak: open files here and in the processes of the server that this rank started, if it did; memory of
+    the whole GPU in use."""
+    pids = [os.getpid(), *(descendants(engine.server.process.pid) if engine.server else ())]
     files = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
     if not torch.cuda.is_available():
         return {"files": files, "gpu_mb": 0.0}
@@ -340,6 +343,7 @@ def main() -> None:
     parser.add_argument("--engine-command", default="")
     parser.add_argument("--engine-mem", type=float, default=0.4)
     parser.add_argument("--engine-gpus", default="", help="as train.py's")
+    parser.add_argument("--engine-tp", type=int, default=1, help="as train.py's")
     parser.add_argument("--parts", type=among(PARTS), default=list(PARTS), help="comma-separated, in the order wanted")
     parser.add_argument("--trials", type=int, default=6, help="rollout: of each load, in turns")
     parser.add_argument("--work", default="outputs/benchmark-engine", help="folder for the model's config and the log")
@@ -351,7 +355,7 @@ def main() -> None:
     model, chat, engine, both = open_both(args)
     at = SimpleNamespace(args=args, engine=engine, chat=chat, both=both)
     at.weights = parallel.FullWeights(model, getattr(torch, args.dtype))
-    result: dict[str, Any] = {"shape": args.shape, "engine_gpus": args.engine_gpus, **where()}
+    result: dict[str, Any] = {"shape": args.shape, "engine_gpus": args.engine_gpus, "tp": args.engine_tp, **where()}
     result["start_seconds"] = time.perf_counter() - start
     try:
         engine.sync(at.weights, 0)

@@ -11,7 +11,7 @@ import torch
 from minitau import pace, parallel
 from minitau.model import ModelConfig
 
-SHAPES = {"4b": ModelConfig(), "tiny": ModelConfig(2048, 64, 128, 2, 2, 1, 32)}
+SHAPES = {"4b": ModelConfig(), "tiny": ModelConfig(2048, 64, 128, 2, 4, 2, 32)}
 LENGTHS = (8192, 4096, 2048, 1024, 512, 256, 128, 64, 64)  # 16,384 tokens: one micro-batch
 
 
