@@ -148,6 +148,7 @@ def grpo_flags(args: argparse.Namespace, model: Path, out: Path) -> list[str]:
     flags += (
         f" --max-steps {args.messages} --tasks-per-step {args.tasks} --group-size 4 --no-dynamic-sampling --no-screen"
     )
+    flags += " --max-new-tokens 512 --user-max-tokens 256"  # noise at times finds no end; real replies are shorter
     return [*flags.split(), "--engine-command", args.engine_command]
 
 

@@ -154,7 +154,7 @@ POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
 NOT_NEGATIVE = (  # noqa: SIM905  (likewise)
     "lr weight_decay max_grad_norm warmup alpha negative_weight clip_low clip_high entropy kl importance_cap "
     "sequence_low sequence_high min_partial max_refused tasks episodes patience temperature user_temperature max_drift "
-    "engine_round"
+    "engine_round user_max_tokens"
 ).split()
 
 NOT_EMPTY = ("user_model",)

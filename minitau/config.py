@@ -78,6 +78,9 @@ class Episodes:
         variable="TAU2_USER_API_BASE",
     )
     user_temperature: float = setting(0.7, "tau2: the customer's temperature", variable="TAU2_USER_TEMPERATURE")
+    user_max_tokens: int = setting(
+        1024, "tau2: tokens of one reply of the customer's at most, for one that rambles holds up all; 0: no limit"
+    )
     max_drift: float = setting(
         0.1, "sglang: end when, after a sync, engine and trainer differ by more nats a sampled token"
     )
@@ -245,6 +248,7 @@ class Evaluation(Episodes):
     user_api_base: str = setting(
         "", "tau2: the customer's endpoint, if not the provider's own", variable="TAU2_USER_API_BASE"
     )
+    user_max_tokens: int = setting(0, "tau2: tokens of one reply of the customer's at most; 0, as in tau2: no limit")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,10 +69,13 @@ def results(domain: str, played: Sequence[Trajectory], cfg: config.Evaluation) -
         llm_args={"temperature": cfg.temperature} if by_policy else None,
     )
     simulated = by_policy and cfg.user_model != config.SCRIPTED
+    asked: dict[str, Any] = {"temperature": cfg.user_temperature}
+    if cfg.user_max_tokens:
+        asked["max_tokens"] = cfg.user_max_tokens
     user = simulation.UserInfo(
         implementation="user_simulator" if simulated else "minitau script",
         llm=cfg.user_model if simulated else None,
-        llm_args={"temperature": cfg.user_temperature} if simulated else None,
+        llm_args=asked if simulated else None,
     )
     return simulation.Results(
         info=simulation.Info(

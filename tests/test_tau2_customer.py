@@ -67,6 +67,11 @@ def test_the_seed_reaches_the_customer(play):
     assert asked[0]["model"] == "customer" and asked[0]["temperature"] == 0.0
 
 
+def test_a_customer_who_rambles_is_cut_short_if_that_is_asked_for(play):
+    assert play(MOCK, "Help.", user_max_tokens=77)[2].requests[0]["max_tokens"] == 77
+    assert "max_tokens" not in play(MOCK, "Help.")[2].requests[0], "as in tau2"
+
+
 # --- what fails, and may pass ---
 
 PASSES = {

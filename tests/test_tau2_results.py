@@ -133,6 +133,8 @@ def test_it_says_who_played(played, tmp_path):
     info = results.info
     assert info.agent_info.llm == "m" and info.user_info.llm == "gpt-x" and info.num_trials == 4 and info.seed == 5
     assert info.user_info.llm_args == {"temperature": CFG.user_temperature}
+    cut = dataclasses.replace(CFG, user_max_tokens=9)
+    assert tau2_results.results("retail", [], cut).info.user_info.llm_args["max_tokens"] == 9
     assert info.git_commit in (Path(__file__).parent.parent / "requirements-gpu.txt").read_text()
     assert info.environment_info.domain_name == "retail" and "retail" in info.environment_info.policy.lower()
     assert {(sim.task_id, sim.trial) for sim in results.simulations} == {

@@ -44,6 +44,7 @@ def test_without_variables_the_published_defaults_hold():
     assert (cfg.user_temperature, cfg.max_steps, cfg.alpha, cfg.curriculum) == (0.7, 100, 0.25, True)
     cfg = evaluate("--env", "tau2")
     assert (cfg.user_model, cfg.user_api_base, cfg.user_temperature) == ("gpt-4.1-mini", "", 0.7)
+    assert cfg.user_max_tokens == 0, "an evaluation's customer is tau2's own"
 
 
 @pytest.mark.parametrize("variable", VARIABLES)

@@ -20,6 +20,7 @@ def open_world(cfg: Any) -> World:
         user_model=None if scripted else cfg.user_model,
         user_api_base=cfg.user_api_base or None,
         user_temperature=cfg.user_temperature,
+        user_max_tokens=cfg.user_max_tokens,
         max_steps=cfg.max_steps,
         policies=read_policies(cfg.policy, cfg.domains),
     )

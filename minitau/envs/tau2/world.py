@@ -37,6 +37,7 @@ class Tau2:
                       `demonstrate`
     user_api_base     an OpenAI-compatible endpoint, if it is not the provider's own
     user_temperature  of the customer: keep it the same in runs that are compared
+    user_max_tokens   of one reply at most; 0 for whatever its server allows
     user_timeout      seconds one request may take
     user_retries      how often a failed request is made again, after growing pauses
     max_steps         of an episode, as tau2's orchestrator counts them; `demonstrate` has no limit
@@ -54,6 +55,7 @@ class Tau2:
         user_model: str | None = None,
         user_api_base: str | None = None,
         user_temperature: float = 0.0,
+        user_max_tokens: int = 0,
         user_timeout: float = 60,
         user_retries: int = 3,
         max_steps: int = 100,
@@ -72,6 +74,8 @@ class Tau2:
         # No retries of litellm's own: they multiply (7 requests for "3") and come without a pause.
         self.user_args: dict[str, Any] = {"temperature": user_temperature, "timeout": user_timeout}
         self.user_args["num_retries"] = 0
+        if user_max_tokens:
+            self.user_args["max_tokens"] = user_max_tokens
         if user_api_base:
             self.user_args["api_base"] = user_api_base
             if str(user_model).startswith("openai/") and not os.environ.get("OPENAI_API_KEY"):
