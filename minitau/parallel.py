@@ -17,7 +17,6 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 # A rank may wait for the slowest episode of another: longer than any step, short of a lost night.
 TIMEOUT = datetime.timedelta(hours=4)
 LOOPBACK = "127.0.0.1"
-WRITERS = 4  # threads a rank that write a checkpoint: one fills less than half of a disk's bandwidth
 BESIDE: dist.ProcessGroup | None = None  # all ranks once more, for a thread that runs beside the training
 
 
@@ -384,38 +382,15 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     if fresh:  # torch made the state by a step with zero gradients, and counted it
         for each in optimizer.state.values():
             each["step"].zero_()
-    writer = dcp.FileSystemWriter(folder, thread_count=WRITERS)
-    lost: list[BaseException] = []
     try:
-        with overheard(lost):
-            dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
+        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except dcp.api.CheckpointException as error:
         raise os_error(error) from error
-    if lost:
-        raise os_error_of(lost) from lost[0]
-
-
-@contextmanager
-def overheard(lost: list[BaseException]) -> Iterator[None]:
-    """Add what threads raise that begin meanwhile, and wait for them: torch's writers tell nobody that they failed, and
-    go on when another of them has."""
-    before, hook = set(threading.enumerate()), threading.excepthook
-    threading.excepthook = lambda raised: lost.append(raised.exc_value)
-    try:
-        yield
-    finally:
-        for thread in set(threading.enumerate()) - before:
-            if not thread.daemon:  # as ours are, which may take their time
-                thread.join()
-        threading.excepthook = hook
 
 
 def os_error(error: dcp.api.CheckpointException) -> OSError:
     """The first rank's reason; torch's own exception is no Exception and has a traceback for a message."""
-    return os_error_of([cause for cause, _ in error.failures.values()])
-
-
-def os_error_of(causes: Sequence[BaseException]) -> OSError:
+    causes = [cause for cause, _ in error.failures.values()]
     return next((c for c in causes if isinstance(c, OSError)), OSError(f"{type(causes[0]).__name__}: {causes[0]}"))
 
 
