@@ -32,7 +32,8 @@ MFU_RECOMPUTED = 0.442  # the same, every block recomputed
 MFU_FORWARD = 0.62  # of log-probabilities: benchmarks/whole_step.py, on two GPUs
 DECODE = 0.98  # part of the bandwidth at which SGLang 0.5.16 reads weights and cache: 5.7k tokens/s, 64 at once of 4.7k
 PREFILL = 0.47  # part of the peak: 58k tokens/s, same server (with decoding: 4.7k output tokens/s at 512 in, 256 out)
-SHARED = 3.1  # times as long as alone takes a reply with customers' servers on the same GPUs: benchmarks/whole_step.py
+SHARED = 1.9  # times as long as alone takes a reply beside customers' servers on the same GPUs: 1.8 to 2.0 in six steps
+# of benchmarks/whole_step.py, by how long an episode waited for the policy and by its replies
 SYNC = 8.04e9 / 0.067  # bytes/s to a server: benchmarks/engine.py, one GPU
 GATHER = 4.02e9 / 0.012  # bytes/s that a GPU gets of others' FSDP2 shards: the same, two GPUs with NVLink
 SEVERAL = 0.95  # of one GPU's speed where FSDP2 moves weights and gradients: benchmarks/trainer.py, two GPUs
