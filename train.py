@@ -182,9 +182,9 @@ def draw_groups(
             teaches.append(reward.differs(shaped, counted))
         if sum(teaches) >= cfg.tasks_per_step or len(groups) == len(curriculum.tasks):
             break
-    best = sorted(range(len(groups)), key=lambda i: not teaches[i])[: cfg.tasks_per_step]
-    graded = sum(any(not t.stop.ours for t in group) for group, _ in groups)
-    flat = 1 - sum(teaches) / max(1, graded)
+    graded = [any(not t.stop.ours for t in group) for group, _ in groups]
+    best = sorted(range(len(groups)), key=lambda i: (not teaches[i], not graded[i]))[: cfg.tasks_per_step]
+    flat = 1 - sum(teaches) / max(1, sum(graded))
     share = {"groups": len(groups), "zero_variance_share": flat, "rounds": number + 1}
     return [groups[i] for i in sorted(best)], [t for group, _ in groups for t in group], share
 
@@ -195,7 +195,7 @@ def spent(cfg: config.GRPO, episodes: int) -> bool:
 
 
 def staleness(played: Sequence[Trajectory], version: int) -> float:
-    """By how many updates the weights that sampled a reply are behind those of `version`, which it trains: the mean."""
+    """By how many steps the weights that sampled a reply are behind those of `version`, which it trains: the mean."""
     behind = [version - turn.weight_version for t in played for turn in t.turns]
     return sum(behind) / max(1, len(behind))
 
@@ -210,9 +210,10 @@ def shuffled(groups: Sequence[Group], seed: str) -> list[Group]:
 
 
 def split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
-    """The batch cut into `parts` of about the same size (fewer if there are fewer groups), in order."""
+    """The batch dealt out to `parts` of about the same size (fewer if there are fewer groups). Groups come in the order
+    in which their tasks were drawn, new ones first and those of later rounds last: each part gets of all of them."""
     parts = min(parts, len(groups))
-    return [groups[i * len(groups) // parts : (i + 1) * len(groups) // parts] for i in range(parts)]
+    return [groups[i::parts] for i in range(parts)]
 
 
 def weigh(cfg: config.GRPO, groups: Sequence[Group]) -> list[batch.Sample]:

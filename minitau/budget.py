@@ -92,9 +92,9 @@ def peak_bytes(shape: ModelConfig, tokens: int, ranks: int, recomputed: int) -> 
     return memory.needs(shape, tokens, ranks).total + (shape.num_hidden_layers - recomputed) * of_block
 
 
-def bytes_to_keep(shape: ModelConfig) -> int:
+def bytes_to_keep(shape: ModelConfig, compiled: bool = True) -> int:
     """What it takes not to recompute one token in one block."""
-    return memory.kept_by_block(shape) - memory.kept_by_recomputed(shape)
+    return memory.kept_by_block(shape, compiled) - memory.kept_by_recomputed(shape)
 
 
 def lodgers(case: Case) -> list[Part]:
@@ -113,10 +113,7 @@ def engine(case: Case) -> list[Part]:
     """An engine's share of a GPU: it takes --engine-mem of what is free when it starts, weights and cache in one. Of
     both each of its GPUs holds as much."""
     weights, over = HALF * memory.parameters(case.shape) / case.tp, f" / {case.tp} GPUs" if case.tp > 1 else ""
-    there = RESERVED + CONTEXT
-    if case.guest:
-        there = total(lodgers(case)) + sharded(case)
-    free = case.gpu.memory - there
+    free = free_for_engine(case)
     cache = max(0.0, case.cfg.engine_mem * free - weights)
     how = f"--engine-mem {case.cfg.engine_mem:g} x {gb(free)} free at its start, less weights"
     held = f"{tokens_in(case, cache):,.0f} tokens" + (f" on {case.tp} GPUs" if case.tp > 1 else "")
@@ -125,6 +122,19 @@ def engine(case: Case) -> list[Part]:
         Part("engine: KV cache", cache, f"{how}: {held}"),
         Part("engine: beside them", BESIDE, "CUDA graphs, workspace"),
     ]
+
+
+def free_for_engine(case: Case) -> float:
+    """Bytes of a GPU that are free when its engine starts with the run."""
+    there = total(lodgers(case)) + sharded(case) if case.guest else RESERVED + CONTEXT
+    return case.gpu.memory - there
+
+
+def cache_after_a_restart(case: Case) -> float:
+    """Bytes of the cache of an engine that starts beside an optimizer with its moments: with --resume, or because it
+    died. It takes the same part of less."""
+    moments = ADAM * memory.parameters(case.shape) / case.ranks if case.guest and case.stage == "grpo" else 0.0
+    return engine(case)[1].amount - case.cfg.engine_mem * moments
 
 
 def tokens_in(case: Case, cache: float) -> float:
@@ -139,7 +149,7 @@ def sharded(case: Case) -> float:
 
 def resting(case: Case) -> list[Part]:
     """What training holds also while nothing trains, but for what the engine has."""
-    needs, of = memory.needs(case.shape, case.cfg.micro_batch_tokens, case.ranks), ranks_of(case)
+    needs, of = memory.needs(case.shape, case.cfg.micro_batch_tokens, case.ranks, case.cfg.compile), ranks_of(case)
     parts = [
         Part("weights", needs.weights, f"{MASTER} bytes x {count_of(case.shape)}{of}"),
         Part("optimizer", needs.optimizer, f"{ADAM} bytes x {count_of(case.shape)}{of}"),
@@ -153,7 +163,7 @@ def resting(case: Case) -> list[Part]:
 def memory_parts(case: Case) -> list[Part]:
     """By part, all but kept activations: of the GPU that holds most, at the height of an update."""
     tokens, shape = case.cfg.micro_batch_tokens, case.shape
-    needs = memory.needs(shape, tokens, case.ranks)
+    needs = memory.needs(shape, tokens, case.ranks, case.cfg.compile)
     asleep = getattr(case.cfg, "engine_sleep", False)
     there = case.guest and case.stage == "grpo"  # RFT's has gone when training begins
     servers = [part for part in engine(case) if not (asleep and "cache" in part.name)] if there else []
@@ -183,7 +193,7 @@ def keep(case: Case) -> float:
     """As memory.tokens_to_keep."""
     if case.cfg.recompute != "auto":
         return 0.0 if case.cfg.recompute == "all" else math.inf
-    return max(0.0, (room(case) - weights_to_keep(case)) / bytes_to_keep(case.shape))
+    return max(0.0, (room(case) - weights_to_keep(case)) / bytes_to_keep(case.shape, case.cfg.compile))
 
 
 def weights_to_keep(case: Case) -> int:
@@ -197,7 +207,8 @@ def problems(case: Case) -> list[str]:
     if (left := room(case)) < 0:
         found.append(f"an update needs {gb(-left)} more than a GPU has, even with every block recomputed")
     elif case.cfg.recompute == "none":
-        wanted = shape.num_hidden_layers * case.cfg.micro_batch_tokens * bytes_to_keep(shape) + weights_to_keep(case)
+        kept = case.cfg.micro_batch_tokens * bytes_to_keep(shape, case.cfg.compile)
+        wanted = shape.num_hidden_layers * kept + weights_to_keep(case)
         if wanted > left:
             found.append(f"--recompute none needs {gb(wanted - left)} more than a GPU has")
     if (mean := length(case.told, case.told.turns)) > case.limit:
@@ -206,12 +217,15 @@ def problems(case: Case) -> list[str]:
     if loading > have:
         found.append(f"loading puts whole fp32 weights on each GPU, {gb(loading - have)} more than it has")
     if case.samples:
-        tokens = tokens_in(case, engine(case)[1].amount)
+        tokens = tokens_in(case, max(0.0, cache_after_a_restart(case)))
         if tokens < case.cfg.max_tokens:
+            when = " once it has to start again beside the optimizer" if case.guest and case.stage == "grpo" else ""
             found.append(
-                f"the engine's cache holds {tokens:,.0f} tokens, not one conversation of --max-tokens "
+                f"the engine's cache holds {tokens:,.0f} tokens{when}, not one conversation of --max-tokens "
                 f"{case.cfg.max_tokens:,}"
             )
+        if case.own_gpus and (alone := RESERVED + CONTEXT + total(engine(case))) > have:
+            found.append(f"an engine alone on its GPU needs {gb(alone - have)} more than it has")
         awake = total(playing_parts(case))
         if case.guest and awake > have:
             found.append(f"a rollout beside the resting trainer needs {gb(awake - have)} more than a GPU has")

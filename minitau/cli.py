@@ -140,6 +140,8 @@ def out_of_range(name: str, value: Any) -> str:
         return "it must be at least 1"
     if name in NOT_NEGATIVE and not 0 <= value < math.inf:
         return "it must be a number from 0 up"
+    if name in ABOVE_ZERO and not value > 0:
+        return "it must be above 0; a large one never scales gradients down"
     if name in NOT_EMPTY and not value:
         return "it must not be empty"
     return ""
@@ -156,6 +158,8 @@ NOT_NEGATIVE = (  # noqa: SIM905  (likewise)
     "sequence_low sequence_high min_partial max_refused tasks episodes patience temperature user_temperature max_drift "
     "engine_round user_max_tokens"
 ).split()
+
+ABOVE_ZERO = ("max_grad_norm",)
 
 NOT_EMPTY = ("user_model",)
 

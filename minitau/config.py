@@ -156,7 +156,9 @@ class GRPO(Training, Episodes):
     episodes: int = setting(0, "end after the step that reaches this many episodes in all; 0 leaves the end to --steps")
     tasks_per_step: int = setting(16, "different tasks in a batch (P)")
     group_size: int = setting(4, "attempts at each task (G)")
-    updates_per_step: int = setting(1, "optimizer steps a batch is split into; 1 is strictly on-policy")
+    updates_per_step: int = setting(
+        1, "optimizer steps a batch is split into; 1 is strictly on-policy, without --ahead"
+    )
     split: str = setting("train", "which tasks; those of the test split are left out, and counted")
     tasks: int = setting(0, "training tasks looked at, domains in turn, before any is screened out; 0 is all")
     screen: bool = setting(True, "leave out tasks that pay an agent for refusing or transferring at once")

@@ -50,11 +50,11 @@ class Curriculum:
         return (solved + 0.25) / (attempts + 0.5)
 
     def update(self, task: Task, outcomes: Sequence[bool]) -> None:
-        """Count the outcomes of one visit; an empty list (all attempts were lost) changes nothing."""
-        if not outcomes:
-            return
-        solved, attempts = self.tallies.get(task.key, (0.0, 0.0))
-        self.tallies[task.key] = [MEMORY * solved + sum(outcomes), MEMORY * attempts + len(outcomes)]
+        """Count the outcomes of one visit. An empty list (all attempts were lost) says nothing of how hard the task is,
+        but that it was seen: a task that always breaks must not come before the others at every step."""
+        solved, attempts = self.tallies.setdefault(task.key, [0.0, 0.0])
+        if outcomes:
+            self.tallies[task.key] = [MEMORY * solved + sum(outcomes), MEMORY * attempts + len(outcomes)]
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes; what happens afterwards does not change it."""

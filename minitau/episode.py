@@ -139,7 +139,7 @@ class Evaluation:
 
     reward: float
     checks: tuple[Check, ...] = ()
-    note: str = ""  # why there is no verdict, when the grader itself failed
+    note: str = ""  # why the grader could not replay the episode, which then earns 0
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,8 @@ class Env(Protocol):
         """Do what the agent did. A tool's own error is a `tool` message; raises UserError, EnvError."""
 
     def evaluate(self, stop: Stop) -> Evaluation:
-        """Grade the episode that ended with `stop`. Raises EnvError if the grader itself fails."""
+        """Grade the episode that ended with `stop`. Raises EnvError if the grader itself fails, but not
+        where it cannot replay the episode: an agent that breaks the replay must not get out of the loss that way."""
 
 
 class World(Protocol):

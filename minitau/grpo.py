@@ -21,7 +21,7 @@ def advantages(rewards_PG: Tensor, counted_PG: Tensor, *, divide_by_std: bool) -
     """(P, G) advantages: reward minus its group's mean, over the group's standard deviation if asked.
 
     `counted_PG` is False for episodes that say nothing about the agent; they are left out of the
-    statistics and get 0. Shao et al. 2024 (GRPO), eq. 3 with the sample standard deviation; Liu et
+    statistics and get 0. Shao et al. 2024 (GRPO), section 4.1, with the sample standard deviation; Liu et
     al. 2025 (Dr. GRPO) drop the division, which favours questions that are nearly always or
     nearly never solved. A group with one value throughout gets zeros.
     """
@@ -53,7 +53,7 @@ def token_weights(said_S: Tensor, aggregation: str, *, max_tokens: int) -> Tenso
     said_S: tokens said in each trajectory of the *global* batch.
     token-mean: every token counts the same (DAPO, Yu et al. 2025, eq. 8). sequence-mean: every
     trajectory counts the same (GRPO, Shao et al. 2024, eq. 3). dr-grpo: every token counts
-    1 / (S * max_tokens), a constant, so that length changes nothing (Liu et al. 2025).
+    1 / (S * max_tokens), so that length changes nothing (Liu et al. 2025).
     """
     said_S = said_S.float()
     match aggregation:

@@ -31,7 +31,8 @@ MFU_KEPT = 0.539  # benchmarks/trainer.py --parts speed, one GPU, 16k tokens, no
 MFU_RECOMPUTED = 0.442  # the same, every block recomputed
 MFU_FORWARD = 0.62  # of log-probabilities: benchmarks/whole_step.py, on two GPUs
 DECODE = 0.98  # part of the bandwidth at which SGLang 0.5.16 reads weights and cache: 5.7k tokens/s, 64 at once of 4.7k
-PREFILL = 0.47  # part of the peak: 58k tokens/s, same server (with decoding: 4.7k output tokens/s at 512 in, 256 out)
+PREFILL = 0.426  # part of the peak, for 2 FLOP a weight of the blocks: 58k tokens/s, same server (with decoding: 4.7k
+# output tokens/s at 512 in, 256 out)
 SHARED = 1.9  # times as long as alone takes a reply beside customers' servers on the same GPUs: 1.8 to 2.0 in six steps
 # of benchmarks/whole_step.py, by how long an episode waited for the policy and by its replies
 SYNC = 8.04e9 / 0.067  # bytes/s to a server: benchmarks/engine.py, one GPU
@@ -109,10 +110,13 @@ def reply_seconds(
     shape: ModelConfig, gpu: Gpu, contexts: Sequence[int], told: config.DryRun, *, tp: int = 1, shared: bool = False
 ) -> float:
     """Of one reply in each of the conversations of these lengths, on one engine: every token that is said reads all
-    weights and cache once, and what was heard is computed. Over `tp` GPUs it is divided as if they had nothing to say
-    to each other, which nobody has measured here. shared: with customers on the same GPUs."""
-    reads = HALF * memory.parameters(shape) + sum(contexts) * cache_bytes(shape)
-    prefill = tp * PREFILL * PEAK_FLOPS / (2 * memory.parameters(shape))  # tokens a second
+    weights and cache once, but of an embedding apart from the head its own row, and what was heard meets all blocks.
+    Over `tp` GPUs it is divided as if they had nothing to say to each other, which nobody has measured here. shared:
+    with customers on the same GPUs."""
+    looked_up = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
+    reads = HALF * (memory.parameters(shape) - looked_up) + sum(contexts) * cache_bytes(shape)
+    blocks = shape.num_hidden_layers * memory.block_parameters(shape)
+    prefill = tp * PREFILL * PEAK_FLOPS / (2 * blocks)  # tokens a second
     said = told.said_tokens * reads / (tp * DECODE * gpu.bandwidth)
     return (said + len(contexts) * told.heard_tokens / prefill) * (SHARED if shared else 1)
 

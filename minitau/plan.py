@@ -44,10 +44,11 @@ def longest(case: Case) -> int:
     return min(room, most_turns(cfg))
 
 
-def most_turns(cfg: Any) -> int:
-    if isinstance(cfg, config.SFT) or cfg.env == "tau2":
-        return min(getattr(cfg, "max_turns", math.inf), getattr(cfg, "max_steps", config.Episodes.max_steps) // 2)
-    return cfg.max_turns
+def most_turns(cfg: Any) -> float:
+    """Replies that the limits of playing allow; a file of conversations has none."""
+    if isinstance(cfg, config.SFT):
+        return math.inf
+    return min(cfg.max_turns, cfg.max_steps // 2) if cfg.env == "tau2" else cfg.max_turns
 
 
 def at_once(case: Case, conversations: int) -> int:
@@ -225,6 +226,7 @@ def times(case: Case) -> list[str]:
         *lines,
         "Not counted: starting (loading, compilation, servers), grading, and customers who have to be asked again.",
         "H100 and H200 differ here in memory and bandwidth only.",
+        *([] if case.cfg.compile else ["Times are those of compiled blocks; without --compile they are longer."]),
     ]
 
 

@@ -6,6 +6,7 @@ minutes); one case goes through a real shell command.
 
 import functools
 import json
+import math
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ import serve_user
 import train
 from minitau import ablate, cli, config, demo, plot, study, tiny, view
 from minitau.base import pretrain
+from minitau.episode import BadInput
 from minitau.log import run_script
 
 ROOT = Path(__file__).parent.parent
@@ -215,6 +217,23 @@ def test_tau2_that_is_not_there(tmp_path, tiny_dir):
     if done.returncode == 0:
         pytest.skip("tau2-bench is installed here")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("max_grad_norm", 0.0, "it must be above 0"),
+        ("max_grad_norm", math.nan, "a number from 0 up"),
+        ("lr", -1.0, "a number from 0 up"),
+        ("user_max_tokens", -1, "a number from 0 up"),
+        ("steps", 0, "at least 1"),
+        ("user_model", "", "must not be empty"),
+    ],
+)
+def test_a_setting_out_of_range(setting, value, said):
+    cli.check(config.GRPO(model="m", out="o"))
+    with pytest.raises(BadInput, match=said):
+        cli.check(config.GRPO(**{"model": "m", "out": "o", setting: value}))
 
 
 SCRIPTS = {

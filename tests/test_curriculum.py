@@ -95,13 +95,21 @@ def test_unseen_and_seen_fill_one_draw_together():
     assert set(drawn[:2]) == set(TASKS[18:]) and len(set(drawn)) == 5
 
 
-def test_a_visit_whose_attempts_were_all_lost_leaves_a_task_unseen():
-    curriculum = Curriculum(TASKS[:3], seed=0)
-    for task in TASKS[1:3]:
-        curriculum.update(task, [True, False])
+def test_a_task_whose_attempts_are_always_lost_takes_no_place_from_the_others():
+    curriculum = Curriculum(TASKS, seed=0)
+    lost = Counter()
+    for step in range(100):
+        for task in curriculum.draw(step, 5):
+            lost[task.key] += task in TASKS[:4]
+            curriculum.update(task, [] if task in TASKS[:4] else [True, False])
+    assert 70 < sum(lost.values()) < 130, "about as often as any other: 5 x 100 x 4 / 20"
+
+
+def test_a_visit_whose_attempts_were_all_lost_says_nothing_of_a_task_that_was_seen():
+    curriculum = visited([0.2])
+    before = curriculum.success_rate(TASKS[0])
     curriculum.update(TASKS[0], [])
-    assert curriculum.state_dict()["tallies"].keys() == {task.key for task in TASKS[1:3]}
-    assert all(curriculum.draw(step, 1) == [TASKS[0]] for step in range(20))
+    assert curriculum.success_rate(TASKS[0]) == before
 
 
 def test_draws_are_different_tasks():

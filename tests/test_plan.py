@@ -139,12 +139,16 @@ def test_turns_are_spread_around_their_mean():
 def test_a_reply_by_hand(round_rates):
     told = config.DryRun(said_tokens=10, heard_tokens=7)
     gpu = pace.Gpu("made up", 0, 1000.0)
-    # 2746 parameters: 5492 bytes of weights; 32 bytes a cached token. Prefill: 100 FLOP/s / (2 x 2746) tokens/s.
+    # 2746 parameters: 5492 bytes of weights; 32 bytes a cached token. Blocks of 868: 100 FLOP/s / (2 x 1736) tokens/s.
     reading = 10 * (5492 + 150 * 32) / (0.5 * 1000)
-    prefill = 2 * 7 / (100 / 5492)
+    prefill = 2 * 7 / (100 / 3472)
     assert pace.reply_seconds(SMALL, gpu, [100, 50], told) == pytest.approx(reading + prefill)
     assert pace.reply_seconds(SMALL, gpu, [100, 50], told, tp=2) == pytest.approx((reading + prefill) / 2)
     assert pace.reply_seconds(SMALL, gpu, [100, 50], told, shared=True) == pytest.approx(3 * (reading + prefill))
+    untied = dataclasses.replace(
+        SMALL, tie_word_embeddings=False
+    )  # of 1000 parameters more a reply reads a row a token
+    assert pace.reply_seconds(untied, gpu, [100, 50], told) == pytest.approx(reading + prefill)
 
 
 def test_a_conversation_starts_where_another_ends(monkeypatch):
@@ -269,6 +273,19 @@ def test_the_engines_share_by_hand(round_rates):
     assert budget.engine(own)[1].amount == pytest.approx(H200_BYTES / 2 - 2 * PARAMETERS)
 
 
+def test_an_engine_that_starts_again_takes_its_part_of_less(round_rates):
+    """Beside the optimizer's moments, which a run that starts anew does not have yet."""
+    alone = case("--gpus 2 --gpu h200 --engine-mem 0.5", user_mem=0.0)
+    fresh = budget.engine(alone)[1].amount
+    assert budget.cache_after_a_restart(alone) == pytest.approx(fresh - 0.5 * 8 * PARAMETERS / 2)
+    own = case("--gpus 3 --gpu h200 --engine-gpus 2 --engine-mem 0.5", user_mem=0.0)
+    assert budget.cache_after_a_restart(own) == budget.engine(own)[1].amount
+    least = next(part for part in range(10, 60) if not budget.problems(case(f"--gpus 8 --engine-mem 0.{part}")))
+    tight = case(f"--gpus 8 --engine-mem 0.{least - 1}")
+    assert budget.tokens_in(tight, budget.engine(tight)[1].amount) > tight.cfg.max_tokens, "it would do at first"
+    assert "start again beside the optimizer" in " ".join(budget.problems(tight))
+
+
 def test_an_engine_over_several_gpus_is_divided_among_them(round_rates):
     flags = "--gpus 4 --gpu h200 --engine-mem 0.5 --kl 0"
     alone, spread = (case(f"{flags} {more}", user_mem=0.0) for more in ("", "--engine-tp 2"))
@@ -300,6 +317,15 @@ def test_sleep_gives_the_cache_to_kept_activations(monkeypatch):
     assert budget.keep(case("--recompute all")) == 0 and budget.keep(case("--recompute none")) == math.inf
 
 
+def test_what_is_not_compiled_takes_and_keeps_more():
+    compiled, eager = (case(f"--gpus 8 {flag}") for flag in ("", "--no-compile"))
+    working = [amounts(budget.memory_parts(each))["working"] for each in (compiled, eager)]
+    assert working == [memory.needs(FOUR_B, 32_768, 8, each).working for each in (True, False)]
+    assert working[0] < working[1] and budget.keep(case("--gpus 8 --gpu h200 --no-compile")) < budget.keep(
+        case("--gpus 8 --gpu h200")
+    )
+
+
 def test_the_peak_grows_by_what_is_kept(monkeypatch):
     monkeypatch.setattr(memory, "kept_by_block", lambda cfg, compiled=True: 100)
     monkeypatch.setattr(memory, "kept_by_recomputed", lambda cfg: 20)
@@ -325,6 +351,7 @@ def test_what_does_not_fit():
     assert "cache holds" in said("--gpus 8 --engine-mem 0.2")
     assert "--recompute none" in said("--gpus 8 --recompute none")
     assert "longer than the limit of 8,192" in said("--gpus 8 --max-tokens 8192")
+    assert "alone on its GPU" in said("--gpus 8 --engine-gpus 4,5,6,7 --engine-mem 0.99")
     # 22e9 parameters over 8 ranks are 11 GB each, but a model is loaded whole: 88 GB.
     large = dataclasses.replace(FOUR_B, num_hidden_layers=216)
     found = budget.problems(dataclasses.replace(case("--gpus 8 --kl 0", user_mem=0.0), shape=large))
@@ -341,6 +368,8 @@ def test_a_dry_run_needs_a_config_and_leaves_nothing(capsys, model, tmp_path, st
     assert status == 0 and not err and out.rstrip().endswith("It fits.")
     assert "Computed, not measured" in out and "8 x H100 80GB" in out and "4.02e9" in out
     assert ("rollout" in out) == (stage != "sft") and "update" in out and "checkpoint" in out
+    status, out, err = dry_run(capsys, model, f"--stage {stage} --preset tau2-4b --turns 60 --opening-tokens 1000")
+    assert status == 0 if stage == "sft" else "after 50 replies" in err, "a file has no limit on replies"
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -44,6 +44,12 @@ def test_partial_by_hand(case):
     assert reward.partial(evaluation, "telecom") == pytest.approx(telecom)
 
 
+def test_a_score_that_is_a_round_number_is_that_number():
+    """RFT keeps from 0.6 on; 0.35 x 3 / 3 rounds to less than 0.35."""
+    assert reward.partial(graded(action="+-", communicate="-", env="+++"), "retail") == 0.6
+    assert reward.partial(graded(action="+++", communicate="++", env="+++"), "retail") == 1.0
+
+
 def test_weights_are_whole():
     for weights in (reward.CHECK_WEIGHTS, reward.TELECOM_WEIGHTS):
         assert sum(weights.values()) == pytest.approx(1.0)
