@@ -134,10 +134,10 @@ def make_server(cfg: config.Server, chat: Chat, engine: Engine) -> ThreadingHTTP
         def log_message(self, *_: Any) -> None:
             """Say nothing: a line a request would drown everything else."""
 
-    class Server(ThreadingHTTPServer):
+    class Endpoint(ThreadingHTTPServer):
         request_queue_size = 128  # clients that may ask in the same moment
 
-    return Server((HOST, cfg.port), Handler)
+    return Endpoint((HOST, cfg.port), Handler)
 
 
 def serve_local(cfg: config.Server) -> None:
@@ -149,7 +149,7 @@ def serve_local(cfg: config.Server) -> None:
         server = make_server(cfg, chat, open_engine(cfg, model, chat.stop_ids))
     except (OSError, OverflowError) as error:
         raise BadInput(f"port {cfg.port}: {error}; choose another --port") from None
-    announce(cfg, server.server_port)
+    say_ready(cfg, server.server_port)
     with contextlib.suppress(KeyboardInterrupt):  # the way to end it
         server.serve_forever()
 
@@ -157,7 +157,8 @@ def serve_local(cfg: config.Server) -> None:
 def serve_sglang(cfg: config.Server) -> None:
     """Start SGLang, say when it is ready, and start it again when it dies, until ctrl-C.
 
-    Raises BadInput if it cannot be started as asked, EngineError if it died too often in a row.
+    Raises BadInput if it cannot be started as asked, EngineError if it does not start at all, or died too often in a
+    row: a start that fails is a death, but for the first.
     """
     server = Server(
         lambda port: sglang_command(cfg, port),
@@ -169,10 +170,14 @@ def serve_sglang(cfg: config.Server) -> None:
     deaths = 0
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(server):
         while True:
-            server.start(cfg.engine_timeout)
-            announce(cfg, server.port)
-            watch(server)
-            deaths = 1 if server.age() > LONG_LIFE else deaths + 1
+            try:
+                server.start(cfg.engine_timeout)
+                say_ready(cfg, server.port)
+                watch(server)
+            except EngineError:
+                if not deaths:
+                    raise
+            deaths = 1 if server.age() > LONG_LIFE + cfg.engine_timeout else deaths + 1
             if deaths == DEATHS:
                 raise EngineError(f"SGLang died {deaths} times in a row; {server.last_words()}")
             print(f"SGLang is lost and is started again; {server.last_words()}", flush=True)
@@ -203,9 +208,10 @@ def visible(gpus: Sequence[str]) -> dict[str, str]:
 
 def sglang_command(cfg: config.Server, port: int) -> list[str]:
     """How SGLang is started on `port`. Raises BadInput."""
-    copies, rest = divmod(len(cfg.gpus) or cfg.tp, cfg.tp)
+    gpus = len(cfg.gpus) or torch.cuda.device_count() or cfg.tp
+    copies, rest = divmod(gpus, cfg.tp)
     if rest:
-        raise BadInput(f"--gpus names {len(cfg.gpus)} GPUs, which --tp {cfg.tp} does not divide")
+        raise BadInput(f"--tp {cfg.tp} does not divide {gpus} GPUs; name others with --gpus")
     flags = {
         "--model-path": cfg.model,
         "--served-model-name": NAME,
@@ -222,7 +228,7 @@ def sglang_command(cfg: config.Server, port: int) -> list[str]:
     return command_line(cfg.engine_command, flags, [])
 
 
-def announce(cfg: config.Server, port: int) -> None:
+def say_ready(cfg: config.Server, port: int) -> None:
     """Say that it is ready, and what to paste where train.py and eval.py are called."""
     print(f"serving {cfg.model}; for train.py and eval.py", flush=True)
     print(f"export TAU2_USER_MODEL=openai/{NAME}", flush=True)

@@ -38,12 +38,15 @@ class Player(Generic[Batch]):
         self.thread.start()
 
     def wait(self, meanwhile: Callable[[], None]) -> None:
-        """Until the batch that was started, if one was, has been played; `meanwhile` is called again and again.
+        """Until the batch that was started, if one was, has been played; `meanwhile` is called again and again, the
+        last time when it has been.
 
         Raises what playing raised.
         """
         while self.thread and self.thread.is_alive():
             self.thread.join(LOOK_SECONDS)
+            meanwhile()
+        if self.thread and not self.problem:
             meanwhile()
         if self.problem:
             raise self.problem

@@ -192,6 +192,8 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
                 raise BadInput(f"--{name.replace('_', '-')} is for --engine sglang")
         if values.get("engine_tp", 1) > 1:
             raise BadInput("--engine-tp is for --engine sglang")
+        if values.get("gpus") or values.get("tp", 1) > 1:
+            raise BadInput("--gpus and --tp are for --engine sglang; the local one takes the first GPU that is visible")
     elif values.get("engine_round"):
         raise BadInput("--engine-round is for --engine local")
     if values.get("engine_round") == 1:
@@ -217,6 +219,8 @@ def check_engines(values: dict[str, Any]) -> None:
         raise BadInput(f"--engine-gpus {','.join(gpus)}: GPUs are named by numbers, as in 4,5,6,7")
     if gpus and len({int(gpu) for gpu in gpus}) < len(gpus):
         raise BadInput(f"--engine-gpus {','.join(gpus)}: a GPU is named twice")
+    if urls and len({url.rstrip("/") for url in urls}) < len(urls):
+        raise BadInput(f"--engine-url {','.join(urls)}: a server is named twice")
     if gpus and urls:
         raise BadInput("--engine-gpus is for servers that are started, --engine-url for ones that run: leave one out")
     if urls and values["engine_tp"] > 1:

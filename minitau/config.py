@@ -30,7 +30,7 @@ class Episodes:
     task_file: str = setting("", "which tasks, as `python -m minitau.tasks` writes them; instead of domains and split")
     dialect: str = setting("native", "how the agent speaks and calls tools", ("native", "single-call"))
     engine: str = setting(
-        "local", "what samples from the policy: a server a rank, or this process", ("local", "sglang")
+        "local", "what samples from the policy: SGLang's servers, or this process", ("local", "sglang")
     )
     engine_command: str = setting(
         "",

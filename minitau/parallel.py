@@ -171,7 +171,8 @@ def announce(name: str) -> None:
 
 
 def announced(name: str) -> bool:
-    """True once on every rank for each `announce` of any rank. Ranks that poll it do the same things in turn."""
+    """True once on every rank for each `announce` of any rank. Ranks that poll it do the same things in turn; when they
+    stop polling, all must have seen as many, or one of them waits for the others in vain."""
     if ANSWERED[name] < count(f"announced/{name}", 0):
         ANSWERED[name] += 1
         return True

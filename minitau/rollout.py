@@ -238,6 +238,7 @@ def in_threads(work: Callable[[int], None], queue: parallel.SharedQueue, count: 
     while not queue.left():
         time.sleep(POLL_SECONDS)
         engine.tend()
+    engine.tend()  # nobody asks any more: now all ranks see the same announcements, and answer what is left of them
 
 
 def require_verdicts(trajectories: Sequence[Trajectory]) -> str:

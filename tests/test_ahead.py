@@ -27,7 +27,9 @@ def test_a_batch_that_was_started_is_played_once_and_beside():
     assert player.take(1) == "batch 1"
     player.start(2)
     assert played == [(1, True)]
-    player.wait(go.set)  # what is to be done meanwhile is done
+    done = []
+    player.wait(lambda: (go.set(), done.append(player.thread.is_alive())))  # what is to be done meanwhile is done
+    assert done[0] and not done[-1], "and once more when all has been played"
     assert player.take(2) == "batch 2" and player.take(3) == "batch 3"
     assert played == [(1, True), (2, False), (3, True)]
 

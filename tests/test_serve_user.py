@@ -13,8 +13,10 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import FAKE_SGLANG, FOR_THE_FAKE, ROOT
 
 import serve_user
@@ -23,7 +25,7 @@ from minitau.chat import load_chat
 from minitau.checkpoint import load_model
 from minitau.engines import open_engine
 from minitau.envs.courier.tools import schemas
-from minitau.episode import Call, Completion, EngineError, Message
+from minitau.episode import BadInput, Call, Completion, EngineError, Message
 from minitau.log import run_script
 
 TALK = [
@@ -316,6 +318,43 @@ def test_sglang_is_served_until_it_is_interrupted_and_started_again_when_it_dies
         assert process.wait(30) == 0
         with pytest.raises(OSError):
             ask(again.replace("/v1", "/model_info"))
+
+
+def sglang_that(starts):
+    """A server that starts or not, each time as it is told, and dies at once."""
+    coming = iter(starts)
+
+    def start(timeout):
+        if not next(coming):
+            raise EngineError("not healthy")
+
+    about = {"age": lambda: 0.0, "alive": lambda: False, "last_words": lambda: "the end of a log"}
+    return SimpleNamespace(port=1, start=start, close=lambda: None, **about)
+
+
+@pytest.mark.parametrize(
+    ("starts", "said"),
+    [([False], "not healthy"), ([True, False, True], "died 3 times"), ([True, False, False], "died 3 times")],
+)
+def test_a_start_that_fails_is_a_death_but_for_the_first(monkeypatch, capsys, starts, said):
+    monkeypatch.setattr(serve_user, "Server", lambda *_, **__: sglang_that(starts))
+    with pytest.raises(EngineError, match=said):
+        serve_user.serve_sglang(config.Server(model="m"))
+    assert capsys.readouterr().out.count("TAU2_USER_API_BASE") == sum(starts)
+
+
+def test_it_takes_the_gpus_that_are_visible(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+    def copies(**settings):
+        command = " ".join(serve_user.sglang_command(config.Server(model="m", engine_command="sgl", **settings), 1))
+        return command[command.index("--tp-size") :].split(" --mem")[0]
+
+    assert copies() == "--tp-size 1 --dp-size 4"
+    assert copies(tp=2) == "--tp-size 2 --dp-size 2"
+    assert copies(gpus=("1",)) == "--tp-size 1 --dp-size 1"
+    with pytest.raises(BadInput, match="--tp 3 does not divide 4 GPUs"):
+        copies(tp=3)
 
 
 def children(pid):

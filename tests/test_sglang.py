@@ -13,6 +13,7 @@ import math
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -239,6 +240,38 @@ def body(_):
     time.sleep(600)
 sys.exit(run_script("owner", body, []))
 """
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_keeper_takes_its_server_along(tmp_path, number):
+    """Else a new one would be started beside it, on the same GPU."""
+    command = [sys.executable, str(ROOT / "tests" / "many_deaths.py")]
+    server = Server(lambda port: [*command, "--port", str(port)], tmp_path / "log", "SGLang")
+    server.start(60.0, shown=False)
+    keeper, child = server.process.pid, child_of(server)
+    os.kill(keeper, number)
+    assert gone_within(10, child) and not server.alive()
+    server.close()
+
+
+STUBBORN = (
+    "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open(sys.argv[1], 'w'); time.sleep(60)"
+)
+
+
+def test_a_second_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
+    """SGLang answers what it was asked before it ends; people press ctrl-C again meanwhile."""
+    command = [sys.executable, "-c", STUBBORN, str(tmp_path / "stands")]
+    server = Server(lambda port: command, tmp_path / "log", "SGLang")
+    monkeypatch.setattr(server_module, "healthy", lambda url: (tmp_path / "stands").exists())
+    server.start(60.0, shown=False)
+    keeper, child = server.process, child_of(server)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        server.close()
+    assert is_running(child), "it would not end at once"
+    assert gone_within(10, child) and keeper.wait(5) is not None
 
 
 @pytest.mark.parametrize(
@@ -468,6 +501,28 @@ def test_two_servers_that_die_at_once_are_one_death_each(mortal):
     assert mortal.deaths == 1 and not any(isinstance(reply, EngineError) for reply in replies)
 
 
+def test_servers_of_three_ranks_that_die_at_once_hold_nobody_up(tmp_path):
+    """Each that was started again is announced, and weights are brought to all of them at once: what is left to answer
+    then must be answered by all ranks or none, or one waits for the others for ever."""
+    done = script("tests/many_deaths.py", str(tmp_path), ranks=3)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    for rank in range(3):
+        versions, announced, answered = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert versions == [1, 2, 3, 4] and announced == answered == 12
+
+
+def test_who_hangs_because_another_died_does_not_die_itself(monkeypatch):
+    server = SimpleNamespace(name="a server", age=lambda: 0.0, start=lambda *_, **__: None, close=lambda: None)
+    server.last_words = lambda: "nothing"
+    mine = upkeep.Upkeep(server, "", None, takes_weights=True, timeout=1.0)
+    for life in range(upkeep.DEATHS + 1):
+        mine.mend(life, upkeep.IN_VAIN)
+    assert (mine.life, mine.deaths) == (upkeep.DEATHS + 1, 0)
+    with pytest.raises(EngineError, match="died 3 times in a row: no kernel image"):
+        for life in range(mine.life, mine.life + 3):
+            mine.mend(life, "no kernel image")
+
+
 # -- one server of two ranks ---------------------------------------------------------------------------------
 
 
@@ -562,6 +617,21 @@ def processes_with(*words):
 
 
 # -- replies -------------------------------------------------------------------------------------------------
+
+
+def test_an_error_that_is_cut_in_half_is_no_answer():
+    """A server that dies while it says why it cannot: it is started again, as if it had said nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            client, _ = listener.accept()
+            with client:
+                client.recv(1000)
+                client.sendall(b"HTTP/1.1 500 Oh\r\nContent-Length: 100\r\n\r\nhalf")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(NoAnswer):
+            request(f"http://127.0.0.1:{listener.getsockname()[1]}/generate", {}, timeout=5.0)
 
 
 def meta(reason, pairs):
@@ -779,11 +849,34 @@ def test_servers_that_are_there_already(tiny_dir, tmp_path):
         server.close()
 
 
+def test_two_ranks_of_an_evaluation_share_a_server(tiny_dir, tmp_path):
+    """It loads the model once, and both know under which name."""
+    words = [*shlex.split(FAKE_SGLANG), "--model-path", str(tiny_dir), "--host", "127.0.0.1"]
+    server = Server(lambda port: [*words, "--port", str(port)], tmp_path / "log", "SGLang", environment=FOR_THE_FAKE)
+    server.start(60.0, shown=False)
+    try:
+        flags = f"--model {tiny_dir} --out {tmp_path / 'eval'} --domains desk --tasks 2 --num-trials 2 --no-floors"
+        flags += f" --engine sglang --engine-url {server.url} --max-new-tokens 8 --max-turns 1"
+        done = script("eval.py", *flags.split(), ranks=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = json.loads((tmp_path / "eval" / "results.json").read_text())
+        assert (
+            all(row["errors"] == 0 for row in rows)
+            and (tmp_path / "log").read_text().count("/update_weights_from_disk") == 1
+        )
+    finally:
+        server.close()
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (("--engine-url", "http://127.0.0.1:1"), "no healthy server at http://127.0.0.1:1"),
-        (("--engine-url", "http://127.0.0.1:1,http://127.0.0.1:2"), "names 2 servers; each of 1 ranks needs its own"),
+        (
+            ("--engine-url", "http://127.0.0.1:1,http://127.0.0.1:2"),
+            "names 2 servers for 1 ranks; each rank needs its own",
+        ),
+        (("--engine-url", "http://127.0.0.1:1,http://127.0.0.1:1/"), "a server is named twice"),
         (("--engine-url", "localhost:30000"), "http://HOST:PORT is needed"),
         (("--engine-command", "/no/such/python -m sglang"), "died while it started"),
         (("--engine-mem", "1.5"), "--engine-mem is 1.5"),

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from minitau import parallel
 from minitau.engines.server import NoAnswer, Refused, request
+from minitau.engines.upkeep import IN_VAIN
 
 # Each bucket costs a request of some 4 ms, and is all the memory that a sync takes, on however many ranks: shards are
 # gathered in it. The 8.04 GB of a 4B model (its embedding alone is 0.78) go into 6 of at most 1.38 GB; 1 GB would make
@@ -84,7 +85,7 @@ def serialize(bucket: Bucket) -> str:
     """A handle of a bucket as a server unpickles it: base64 of a pickle that holds no data. The bucket must stay as
     it is until the server has answered.
 
-    (One handle takes it less than one a tensor. It copies each tensor from its view of the buffer.)
+    (One handle costs a server less than one a tensor; it copies each tensor from its view of the buffer.)
     """
     if bucket.flat.is_cuda:
         torch.cuda.current_stream().synchronize()  # the copies into the bucket are done before anybody reads it
@@ -245,4 +246,4 @@ def at_once(calls: Sequence[Callable[[], Any]]) -> list[str]:
         next(thread for thread in threads if thread.is_alive()).join(0.002)
         if deadline is None and any(problems):
             deadline = time.monotonic() + GRACE
-    return ["it waited in vain for the others" if problem is None else problem for problem in problems]
+    return [IN_VAIN if problem is None else problem for problem in problems]

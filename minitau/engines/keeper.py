@@ -9,6 +9,7 @@ of ours, so that it stands in a moment.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -17,15 +18,21 @@ import threading
 import time
 
 GRACE = 5.0  # seconds from "please end" to the end
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
 
 
 def keep(command: list[str]) -> int:
-    """Run `command` in a process group of its own until it ends or stdin does; its exit status."""
+    """Run `command` in a process group of its own until it ends, stdin does, or this process is asked to end; its exit
+    status."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    die_along = prctl and (lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL))  # if this process is killed outright
     try:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_along)
     except OSError as error:
         print(f"{command[0]} cannot be started: {error.strerror}", flush=True)
         return 127
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: threading.Thread(target=end, args=(child.pid,), daemon=True).start())
     threading.Thread(target=end_when_orphaned, args=(child.pid,), daemon=True).start()
     status = child.wait()
     end(child.pid)  # what it left behind

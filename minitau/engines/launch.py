@@ -60,7 +60,9 @@ def open_sglang(cfg: Any, stop_ids: Iterable[int], takes_weights: bool) -> SGLan
         sleeps=getattr(cfg, "engine_sleep", False),
     )
     if urls and not takes_weights:
-        engine.load(cfg.model)
+        if parallel.rank() < len(urls):
+            engine.load(cfg.model)
+        engine.loaded = parallel.gather(engine.loaded)[parallel.rank() % len(urls)]  # some ranks may share a server
     elif not takes_weights and host is not None:
         engine.hand_over(0)
     return engine
@@ -72,9 +74,10 @@ def check(cfg: Any, takes_weights: bool) -> None:
         raise BadInput("SGLang's CUDA kernels compute in half precision only: --engine sglang needs --dtype bfloat16")
     if bad := [url for url in cfg.engine_url if not url.startswith("http://")]:
         raise BadInput(f"--engine-url {bad[0]}: http://HOST:PORT is needed")
-    if takes_weights and cfg.engine_url and len(cfg.engine_url) != parallel.world_size():
-        count = f"{len(cfg.engine_url)} servers; each of {parallel.world_size()} ranks needs its own"
-        raise BadInput(f"--engine-url names {count}")
+    urls, ranks = len(cfg.engine_url), parallel.world_size()
+    if urls and (urls != ranks if takes_weights else urls > ranks):
+        need = "each rank needs its own" if takes_weights else "a rank asks one"
+        raise BadInput(f"--engine-url names {urls} servers for {ranks} ranks; {need}")
     if cfg.engine_tp > 1:
         check_tp(cfg.engine_tp, 0 if cfg.engine_gpus else parallel.world_size(), read_config(cfg.model))
     if not cfg.engine_url and host_of_rank(cfg, takes_weights) in (None, parallel.rank()):

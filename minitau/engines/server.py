@@ -11,7 +11,6 @@ import http.client
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -64,11 +63,15 @@ def request(url: str, body: Any = None, *, timeout: float) -> Any:
     data = None if body is None else json.dumps(body).encode()
     message = urllib.request.Request(url, data, {"Content-Type": "application/json"} if data else {})
     try:
-        with OPENER.open(message, timeout=timeout) as reply:
-            said = reply.read()
-    except urllib.error.HTTPError as error:
-        raise Refused(error.code, error.read().decode("utf-8", "replace")) from None
-    except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut in half
+        try:
+            with OPENER.open(message, timeout=timeout) as reply:
+                said = reply.read()
+        except urllib.error.HTTPError as error:
+            raise Refused(error.code, error.read().decode("utf-8", "replace")) from None
+    except (
+        OSError,
+        http.client.HTTPException,
+    ) as error:  # refused, reset, timed out, cut in half, also within an error
         reason = getattr(error, "reason", error)  # urllib wraps what happens before the request is out
         raise NoAnswer(f"{type(reason).__name__}: {reason}", isinstance(reason, TimeoutError)) from None
     try:
@@ -166,7 +169,8 @@ class Server:
             progress.close()
 
     def alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        process = self.process  # another thread may be closing it
+        return process is not None and process.poll() is None
 
     def age(self) -> float:
         """Seconds since it was last started."""
@@ -191,10 +195,7 @@ class Server:
         with contextlib.suppress(OSError):
             process.stdin.close()  # its keeper ends it
         try:
-            process.wait(END_SECONDS)
+            process.wait(END_SECONDS)  # (a second ctrl-C here leaves the rest to the keeper, which needs nobody for it)
         except subprocess.TimeoutExpired:
-            pass
-        finally:
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)  # whoever of the group is left
+            process.kill()  # takes the server along
             process.wait()

@@ -137,12 +137,14 @@ class SGLangEngine(Upkeep):
             self.listen()
         if self.given_up:
             raise EngineError(self.given_up)
-        if threading.current_thread() is not threading.main_thread() or not parallel.announced(RESTARTED):
+        if threading.current_thread() is not threading.main_thread():
             return
-        life = self.life
-        if problem := self.hand_over(self.version if version is None else version):
-            with contextlib.suppress(EngineError):  # whoever waits for the server is told
-                self.lost(life, problem)
+        while parallel.announced(RESTARTED):
+            life = self.life
+            if problem := self.hand_over(self.version if version is None else version):
+                with contextlib.suppress(EngineError):  # whoever waits for the server is told
+                    self.lost(life, problem)
+            parallel.barrier()  # one that was lost again has been announced again before any rank looks
 
     def sleep(self) -> None:
         """Give the KV cache's memory back until the next sync, if the engine was opened to do so. Until then

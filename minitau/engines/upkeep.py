@@ -17,6 +17,7 @@ from minitau.engines.server import Server, healthy
 from minitau.episode import EngineError
 
 DEATHS = 3  # in a row: then the server is not started again
+IN_VAIN = "it waited in vain for the others"  # why a server hangs that did nothing wrong
 LONG_LIFE = 600.0  # seconds: a server that lived so long does not die in a row with the one before
 # What ranks announce to each other. All but the first are said of the server of a rank, LOST and DOWN of one life.
 RESTARTED = "a server was started anew"
@@ -104,7 +105,7 @@ class Upkeep:
         if self.host is not None:
             parallel.announce(DOWN.format(self.host, life))
         while not self.given_up:
-            self.deaths += 1
+            self.deaths += why != IN_VAIN  # then it is another one's death
             words = self.server.last_words()
             self.server.close()
             if self.deaths >= DEATHS:
@@ -141,8 +142,10 @@ class Upkeep:
                 life = self.life
                 if self.ready and parallel.was_announced(DOWN.format(self.host, life)):
                     self.step_aside(life)
-            elif parallel.was_announced(LOST.format(self.host, self.life)):
-                self.lost(self.life, "another rank got no reply")
+            else:
+                life = self.life
+                if parallel.was_announced(LOST.format(self.host, life)):
+                    self.lost(life, "another rank got no reply")
 
     def step_aside(self, life: int) -> None:
         """A guest's part while its server, lost in that life, is started again: ask nothing, and leave free what
