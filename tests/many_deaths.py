@@ -1,4 +1,4 @@
-"""Ranks whose servers all die under a request, again and again: what test_sglang.py runs on three of them.
+"""Ranks whose servers all die under a request, again and again: what test_sglang.py runs on four of them.
 
 many_deaths.py FOLDER          a rank
 many_deaths.py --port PORT     its server, which stands in a moment, takes any weights and says one token
