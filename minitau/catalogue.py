@@ -68,8 +68,11 @@ def catalogue(run: Path) -> list[Entry]:
         raise BadInput(f"{run} holds no episodes of GRPO, RFT or an evaluation{hint}")
     found = []
     for path in files:
-        for offset, row in lines_of(path):
-            found.append(entry_of(len(found) + 1, path, offset, row))
+        for line, (offset, row) in enumerate(lines_of(path), 1):
+            try:
+                found.append(entry_of(len(found) + 1, path, offset, row))
+            except BadInput as error:
+                raise BadInput(f"{path}, line {line}: {error}; remove the line to see the others") from None
     return found
 
 
@@ -112,7 +115,7 @@ def read_line(path: Path, line: bytes) -> tuple[int | None, float | None, list[f
         of_round = re.fullmatch(r"round-(\d+)", path.stem)
         return int(of_round[1]) if of_round else None, None, None, Trajectory.from_json(row)
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: a line is no episode ({type(error).__name__}: {error})") from None
+        raise BadInput(f"no episode ({type(error).__name__}: {error})") from None
 
 
 def read(entry: Entry) -> Record:
@@ -128,7 +131,7 @@ def settings_of(run: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
-        raise BadInput(f"{path} is not a run's settings") from None
+        raise BadInput(f"{path} is not a run's settings; remove it to see the run without them") from None
     return settings if isinstance(settings, dict) else {}
 
 
@@ -241,7 +244,11 @@ class Words:
         if files:
             from tokenizers import Tokenizer
 
-            self.tokenizer = Tokenizer.from_file(str(files[0]))
+            try:
+                self.tokenizer = Tokenizer.from_file(str(files[0]))
+            except Exception as error:  # it raises nothing narrower
+                why = " ".join(str(error).split())
+                raise BadInput(f"{files[0]}: damaged ({why}); --tokenizer MODEL names another") from None
 
     def __bool__(self) -> bool:
         return self.tokenizer is not None

@@ -134,7 +134,7 @@ class Chat:
                 add_generation_prompt=reply_next,
                 enable_thinking=False,  # Qwen3's hybrid template; others ignore it
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:  # those that templates can raise
             raise ChatError(f"the chat template fails: {' '.join(str(error).split())}") from None
 
     def encode(self, text: str) -> list[int]:
@@ -296,6 +296,7 @@ def load_chat(model_dir: str | Path, dialect: str) -> Chat:
         raise ChatError(f"{model_dir}: no tokenizer_config.json here; give a Hugging Face model directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ChatError(f"{model_dir}: tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # what a damaged file makes of transformers is anybody's guess
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ChatError(f"{model_dir}: tokenizer cannot be loaded ({why})") from None
     return Chat(tokenizer, dialect)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -72,11 +73,14 @@ def read_config(model_dir: str | Path) -> ModelConfig:
         raise CheckpointError(f"{path}: hidden_act is {row['hidden_act']!r}; minitau's MLP is SwiGLU (silu) only")
     row.setdefault("rope_theta", rope.get("rope_theta"))
     row.setdefault("tie_word_embeddings", False)
-    names = [field.name for field in dataclasses.fields(ModelConfig)]
-    missing = [name for name in names if not isinstance(row.get(name), (int, float))]
-    if missing:
-        raise CheckpointError(f"{path}: {', '.join(missing)} missing or not a number")
-    return ModelConfig(**{name: row[name] for name in names})
+    hints = get_type_hints(ModelConfig)
+    for name, hint in hints.items():
+        value = row.get(name)
+        fits = type(value) is hint or (hint is float and type(value) is int)
+        if not fits or (hint is not bool and not 0 < value < math.inf):
+            wanted = {int: "a whole number from 1 up", float: "a number above 0", bool: "true or false"}[hint]
+            raise CheckpointError(f"{path}: {name} is {json.dumps(value)}; it must be {wanted}")
+    return ModelConfig(**{name: row[name] for name in hints})
 
 
 def load_model(model_dir: str | Path) -> Qwen3:
@@ -87,7 +91,11 @@ def load_model(model_dir: str | Path) -> Qwen3:
     cfg = read_config(model_dir)
     with torch.device("meta"):
         model = Qwen3(cfg)
-    model.to_empty(device="cpu")
+    try:
+        model.to_empty(device="cpu")
+    except RuntimeError:
+        size = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
+        raise CheckpointError(f"{model_dir}: there is no memory for {size:,.0f} GB of fp32 weights") from None
     wanted = dict(model.named_parameters())
     seen = set()
     for name, tensor in read_safetensors(Path(model_dir)):
@@ -98,6 +106,8 @@ def load_model(model_dir: str | Path) -> Qwen3:
         if tensor.shape != wanted[name].shape:
             shapes = f"{tuple(tensor.shape)}, config.json says {tuple(wanted[name].shape)}"
             raise CheckpointError(f"{model_dir}: {name} has shape {shapes}")
+        if not tensor.sum(dtype=torch.float32).isfinite():  # one pass: a sum is cheaper than to ask each element
+            raise CheckpointError(f"{model_dir}: {name} holds NaN or infinite numbers; take an earlier checkpoint")
         with torch.no_grad():
             wanted[name].copy_(tensor)
         seen.add(name)
@@ -287,10 +297,13 @@ def load(run_dir: Path, model: Qwen3, optimizer: torch.optim.Optimizer) -> dict[
         return None
     try:
         state = json.loads((place / "state.json").read_text())
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+            raise ValueError("state.json does not say at which step")
         parallel.load_state(place / "state", model, optimizer)
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{place}: cannot be read ({why}); remove it to go on from the one before") from None
+        before = "go on from the one before" if len(all_checkpoints(run_dir)) > 1 else "start over: it is the only one"
+        raise CheckpointError(f"{place}: cannot be read ({why}); remove it to {before}") from None
     return state
 
 

@@ -27,6 +27,8 @@ class OneLineParser(argparse.ArgumentParser):
             close = difflib.get_close_matches(flag, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else "; see --help"
             message = f"unknown flag {flag}{hint}"
+            if not flag.startswith("-"):
+                message = f"{flag!r} stands alone: a value follows its --flag, folders come before all flags"
         print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -136,10 +138,12 @@ def from_variable(variable: str, name: str, hint: type) -> Any:
 
 def out_of_range(name: str, value: Any) -> str:
     """What is wrong with a setting by itself; nothing if it is in range."""
-    if name in POSITIVE and value < 1:
+    if name in POSITIVE and not 1 <= value < math.inf:
         return "it must be at least 1"
     if name in NOT_NEGATIVE and not 0 <= value < math.inf:
         return "it must be a number from 0 up"
+    if name in SHARES and value > 1:
+        return "it is a part of a whole, from 0 to 1"
     if name in ABOVE_ZERO and not value > 0:
         return "it must be above 0; a large one never scales gradients down"
     if name in NOT_EMPTY and not value:
@@ -158,6 +162,8 @@ NOT_NEGATIVE = (  # noqa: SIM905  (likewise)
     "sequence_low sequence_high min_partial max_refused tasks episodes patience temperature user_temperature max_drift "
     "engine_round user_max_tokens"
 ).split()
+
+SHARES = ("max_refused", "warmup", "min_partial")
 
 ABOVE_ZERO = ("max_grad_norm",)
 
@@ -196,8 +202,13 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
             raise BadInput("--gpus and --tp are for --engine sglang; the local one takes the first GPU that is visible")
     elif values.get("engine_round"):
         raise BadInput("--engine-round is for --engine local")
-    if values.get("engine_round") == 1:
-        raise BadInput("--engine-round is 1, which rounds every weight to nothing; take 2 or more, or 0 to leave them")
+    if values.get("engine_round") == 1 or values.get("engine_round", 0) > 24:
+        raise BadInput(
+            f"--engine-round is {values['engine_round']}; take 2 to 24 bits, or 0 to leave weights as they are"
+        )
+    if values.get("sequence_low", 0) >= values.get("sequence_high", 1):
+        low, high = values["sequence_low"], values["sequence_high"]
+        raise BadInput(f"--sequence-low {low} --sequence-high {high} leaves no ratio that is trained on")
     check_engines(values)
     if values.get("engine_url") and values["engine_command"]:
         raise BadInput("--engine-url names servers that run already; --engine-command has none to start")

@@ -63,7 +63,8 @@ def read_conversations(path: str | Path) -> tuple[list[Conversation], list[Refus
     Raises DataError naming the first line that is malformed: a broken file may be broken everywhere.
     """
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such file; give JSONL with one conversation a line")
+        what = "a folder" if Path(path).is_dir() else "no such file"
+        raise DataError(f"{path}: {what}; give JSONL with one conversation a line")
     conversations, refused = [], []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):

@@ -95,9 +95,9 @@ class MetricsLog:
         self.wandb = self.tensorboard = None
         if not enabled:
             return
-        kept = [line for line in whole_lines(self.path) if json.loads(line)["step"] <= last_step]
+        kept = [row for row in metrics_of(self.path) if row["step"] <= last_step]
         scratch = self.path.with_suffix(".tmp")
-        scratch.write_text("".join(line + "\n" for line in kept))
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
         scratch.replace(self.path)
         try:
             if wandb:
@@ -136,12 +136,31 @@ class MetricsLog:
                 self.tensorboard.add_scalar(name, value, metrics["step"])
 
 
+def metrics_of(path: Path) -> list[dict[str, Any]]:
+    """The steps of a metrics.jsonl, in order. Raises BadInput with the number of a line that is none."""
+    rows = []
+    for number, line in enumerate(whole_lines(path), 1):
+        try:
+            row = json.loads(line)
+            usable = isinstance(row, dict) and isinstance(row.get("step"), int)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise BadInput(f"{path}, line {number}: not a step's metrics; remove the line to go on without it")
+        rows.append(row)
+    return rows
+
+
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a JSONL file, without the last one if a crash cut it in half."""
+    """The lines of a JSONL file, without the last one if a crash cut it in half. Raises BadInput if it is no text."""
     if not path.is_file():
         return []
     whole, newline, _ = path.read_bytes().rpartition(b"\n")
-    return [line for line in whole.decode("utf-8").split("\n") if line] if newline else []
+    try:
+        return [line for line in whole.decode("utf-8").split("\n") if line] if newline else []
+    except UnicodeDecodeError as error:
+        number = whole.count(b"\n", 0, error.start) + 1
+        raise BadInput(f"{path}, line {number}: not UTF-8; remove the line to go on without it") from None
 
 
 def open_to_append(path: Path) -> TextIO:

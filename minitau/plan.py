@@ -35,6 +35,7 @@ from minitau.memory import ADAM, HALF, MASTER
 from minitau.model import ModelConfig
 
 DRAWS = 16  # of a round of conversations, whose mean is what it takes
+MOST = 100_000  # conversations of a step or a round that are gone through one by one
 
 
 def longest(case: Case) -> int:
@@ -236,7 +237,9 @@ def show(stage: str, cfg: Any, told: config.DryRun) -> None:
     check(case)
     print(text(case))
     if found := problems(case):
-        enough = "; or ".join(advice(case)) or "a smaller model"
+        short = pace.length(told, told.turns) <= case.limit
+        alone = "a smaller model" if short else "shorter conversations, or more --max-tokens and --micro-batch-tokens"
+        enough = "; or ".join(advice(case)) or alone
         raise BadInput(f"it does not fit: {', and '.join(found)}. Enough would be: {enough}")
     print("It fits.")
 
@@ -250,6 +253,14 @@ def check(case: Case) -> None:
         raise BadInput("--dry-run knows the figures of SGLang as the engine: add --engine sglang, or --preset tau2-4b")
     if case.samples and cfg.engine_url:
         raise BadInput("--dry-run does not know where the servers of --engine-url are; name their GPUs: --engine-gpus")
+    if case.stage == "grpo":
+        most = cfg.tasks_per_step * cfg.group_size
+    else:
+        most = max(cfg.batch_size, cfg.round_tasks * cfg.samples if case.stage == "rft" else 0)
+    if most > MOST:
+        raise BadInput(
+            f"--dry-run looks at every conversation of a step, of which there are {most:,}; at most {MOST:,}"
+        )
     if case.tp > 1:
         launch.gpu_groups(gpus, case.tp)
         launch.check_tp(case.tp, 0 if gpus else case.ranks, case.shape)

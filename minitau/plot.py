@@ -20,7 +20,7 @@ from typing import Any
 from minitau import catalogue, cli, report
 from minitau.config import setting
 from minitau.episode import BadInput
-from minitau.log import run_script, whole_lines
+from minitau.log import metrics_of, run_script
 
 # Critical values of Student's t, two-sided 95%, from 1 degree of freedom on; the last one stands for all after it.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -63,10 +63,7 @@ class Group:
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """A run's metrics lines. Raises BadInput if there are none."""
-    try:
-        lines = [json.loads(line) for line in whole_lines(folder / "metrics.jsonl")]
-    except ValueError:
-        raise BadInput(f"{folder / 'metrics.jsonl'} holds a line that is no JSON") from None
+    lines = metrics_of(folder / "metrics.jsonl")
     if not lines:
         raise BadInput(f"{folder} holds no metrics: there is no finished step in {folder / 'metrics.jsonl'}")
     return lines
@@ -219,8 +216,11 @@ def main(argv: Sequence[str]) -> None:
         raise BadInput("which runs? python -m minitau.plot RUN [RUN ...]")
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise BadInput(f"{missing[0]}: no such folder")
+    out = Path(cfg.out)
+    if out.suffix.lower() != ".png" or out.is_dir() or not out.absolute().parent.is_dir():
+        raise BadInput(f"--out {cfg.out}: name a file that ends in .png, in a folder that is there")
     groups = groups_of(folders, cfg.together)
-    draw(Path(cfg.out), groups)
+    draw(out, groups)
     print(f"{cfg.out}: {'; '.join(f'{group} ({steps_of(group)} steps)' for group in groups)}")
 
 

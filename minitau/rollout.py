@@ -244,9 +244,15 @@ def in_threads(work: Callable[[int], None], queue: parallel.SharedQueue, count: 
 def require_verdicts(trajectories: Sequence[Trajectory]) -> str:
     """A warning if more than TOO_MANY_BROKEN of the episodes broke on our side, else "".
 
-    Raises EpisodeError if most did: nothing can be learned or said from the rest.
+    Raises EpisodeError if most did, or the agent had room for a reply in none: nothing can be learned or said from the
+    rest.
     """
     broken = [t for t in trajectories if t.stop.ours]
+    if len(broken) < len(trajectories) and not any(t.turns or t.stop.ours for t in trajectories):
+        shortest = min(len(t.ids) for t in trajectories)
+        raise EpisodeError(
+            f"no conversation had room for a reply: they open with {shortest} tokens; raise --max-tokens"
+        )
     if len(broken) <= TOO_MANY_BROKEN * len(trajectories):
         return ""
     why = f"the first by {broken[0].stop.value}: {broken[0].detail}"

@@ -20,7 +20,7 @@ from minitau import batch, checkpoint, claim, config, memory, parallel
 from minitau.attention import has_kernel, packed_attention
 from minitau.chat import Chat, load_chat
 from minitau.episode import BadInput, Trajectory
-from minitau.log import MetricsLog, write_jsonl
+from minitau.log import MetricsLog, metrics_of, write_jsonl
 from minitau.model import Qwen3
 
 
@@ -50,12 +50,25 @@ def open_run(stage: str, cfg: config.Training, **also: str) -> Run:
     spread(model, cfg)
     optimizer = adamw(model, cfg)
     state = checkpoint.load(folder, model, optimizer) if cfg.resume else None
-    step = state["step"] if state else 0
+    step = state["step"] if state is not None else 0
     logged = max(step, len(list((folder / "collected").glob("round-*.jsonl"))))  # RFT counts its rounds as steps
+    if state is None:
+        require_no_lost_checkpoint(folder, logged + cfg.save_every)
     log = MetricsLog(folder, last_step=logged, enabled=parallel.is_main(), wandb=cfg.wandb, tensorboard=cfg.tensorboard)
     if cfg.resume:
         say(f"{cfg.out}: going on after step {logged}" if logged else f"{cfg.out}: nothing to resume, starting")
     return Run(folder, chat, model, optimizer, log, step, state)
+
+
+def require_no_lost_checkpoint(folder: Path, most: int) -> None:
+    """Raise BadInput if a run without checkpoints has done more than `most` steps, for then it had some: to start over
+    would drop what it logged."""
+    steps = [row["step"] for row in metrics_of(folder / "metrics.jsonl")]
+    if steps and steps[-1] > most:
+        raise BadInput(
+            f"{folder} has the metrics of {steps[-1]} steps and no checkpoint to go on from; choose another --out, or "
+            "remove the folder to start over"
+        )
 
 
 def open_chat(model_dir: str, dialect: str) -> Chat:

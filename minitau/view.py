@@ -194,11 +194,15 @@ def main(argv: Sequence[str]) -> None:
     what = "Look at a run's episodes: python -m minitau.view RUN. Flags follow the folder."
     cfg = cli.parse(View, "minitau.view", what, flags)
     if not run or not Path(run).is_dir():
-        raise BadInput(f"{run}: no such folder" if run else "which run? python -m minitau.view RUN")
+        raise BadInput(f"{run}: no such folder of a run" if run else "which run? python -m minitau.view RUN")
     if cfg.limit < 0:
         raise BadInput(f"--limit is {cfg.limit}; it must be a number from 0 up")
     if len(cfg.show) > 2:
         raise BadInput("--show takes the number of one episode, or of two to compare")
+    if cfg.show and cfg.html:
+        raise BadInput("--show prints episodes here, --html writes them to a page: leave one out")
+    if cfg.html and (Path(cfg.html).is_dir() or not Path(cfg.html).absolute().parent.is_dir()):
+        raise BadInput(f"--html {cfg.html}: name a file, in a folder that is there")
     folder = Path(run)
     entries, settings = catalogue.catalogue(folder), catalogue.settings_of(folder)
     width = max(40, min(WIDEST, shutil.get_terminal_size((120, 24)).columns))

@@ -409,6 +409,9 @@ REFUSED_CONFIGS = {
     "no family": (change_config(model_type=None), ["config.json"]),
     "a size is missing": (change_config(head_dim=None), ["config.json", "head_dim"]),
     "no theta": (change_config(rope_theta=None), ["config.json", "rope_theta"]),
+    "half a token": (change_config(vocab_size=97.5), ["config.json", "vocab_size is 97.5", "whole number"]),
+    "a size that is none": (change_config(hidden_size=True), ["config.json", "hidden_size is true"]),
+    "fewer than no blocks": (change_config(num_hidden_layers=-1), ["config.json", "num_hidden_layers is -1"]),
     "RoPE scaling": (change_config(rope_scaling=YARN), ["config.json", "RoPE"]),
     "RoPE scaling, older name": (change_config(rope_scaling={"type": "linear", "factor": 2}), ["config.json", "RoPE"]),
     "RoPE scaling, newer place": (change_config(rope_parameters=YARN), ["config.json", "RoPE"]),
@@ -426,6 +429,8 @@ REFUSED_WEIGHTS = {
     "a pointer of git lfs": (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), ["damaged"]),
     "a tensor is missing": (change_tensors(lambda t: t.pop(NORM)), ["missing", NORM]),
     "a wrong shape": (change_tensors(lambda t: t.update({NORM: torch.ones(5)})), [NORM, "(5,)", "(16,)"]),
+    "not a number": (change_tensors(lambda t: t[NORM].fill_(float("nan"))), [NORM, "NaN"]),
+    "too large for any memory": (change_config(hidden_size=10**9), ["no memory for"]),
     "a stranger": (change_tensors(lambda t: t.update({"model.layers.9.x": torch.ones(5)})), ["model.layers.9.x"]),
     "another size": (change_config(vocab_size=98), ["embed_tokens", "(97, 32)", "(98, 32)"]),
     "more blocks": (change_config(num_hidden_layers=3), ["missing", "model.layers.2"]),
@@ -514,6 +519,8 @@ def damage_state(place):
 
 DAMAGED = {
     "state.json cut": lambda place: (place / "state.json").write_text('{"step": '),
+    "state.json without a step": lambda place: (place / "state.json").write_text("{}"),
+    "state.json of another kind": lambda place: (place / "state.json").write_text("[1]"),
     "state.json gone": lambda place: (place / "state.json").unlink(),
     "state cut": damage_state,
     "state gone": lambda place: shutil.rmtree(place / "state"),
@@ -529,7 +536,12 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, case):
     again, fresh = new_run(seed=7)
     with pytest.raises(CheckpointError) as refusal:
         checkpoint.load(tmp_path, again, fresh)
-    assert_one_line(refusal, place, [])
+    assert_one_line(refusal, place, ["start over: it is the only one"])
+    assert not (case.startswith("state.json") and fresh.state), "nothing of it was taken"
+    later = save(tmp_path, 2, net, optimizer)
+    DAMAGED[case](later)
+    with pytest.raises(CheckpointError, match="go on from the one before"):
+        checkpoint.load(tmp_path, again, fresh)
 
 
 def test_a_checkpoint_of_another_model_is_one_line(tmp_path):

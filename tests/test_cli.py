@@ -68,6 +68,7 @@ def test_unknown_flags_are_named_with_the_nearest_known_one(capsys):
     assert "did you mean --group-size?" in refused(capsys, train.main, "--stage", "grpo", "--group-sice", 4)
     assert "unknown flag --wat" in refused(capsys, evaluation.main, "--wat")
     assert "unknown flag --wat" in refused(capsys, serve_user.main, "--wat")
+    assert "'grpo' stands alone" in refused(capsys, evaluation.main, "grpo")
     # An abbreviation would silently set another flag than the one that was meant.
     assert "unknown flag --temp" in refused(capsys, train.main, "--stage", "grpo", "--temp", 1)
 
@@ -106,6 +107,7 @@ def test_jsonl_broken_at_a_line(capsys, tmp_path, tiny_dir, data):
     data.write_text("")
     assert "no conversations" in refused(capsys, train.main, *flags)
     assert "no such file" in refused(capsys, train.main, *flags[:5], tmp_path / "none.jsonl", *flags[6:])
+    assert "a folder" in refused(capsys, train.main, *flags[:5], tmp_path, *flags[6:])
 
 
 def test_domains_and_splits_that_do_not_exist(capsys, tmp_path, tiny_dir):
@@ -128,6 +130,9 @@ def test_settings_that_cannot_work(capsys, tmp_path, tiny_dir):
     assert "--micro-batch-tokens" in refused(capsys, train.main, *base, "--micro-batch-tokens", 100)
     assert "--updates-per-step" in refused(capsys, train.main, *base, "--updates-per-step", 17)
     assert not (tmp_path / "run").exists()
+    short = ("--max-tokens", 10, "--tasks", 3, "--tasks-per-step", 3, "--no-screen", "--steps", 1)
+    assert run_script("train", train.main, [str(flag) for flag in (*base, *short)]) == 1
+    assert "raise --max-tokens" in capsys.readouterr().err, "no reply would ever fit"
 
 
 def test_an_output_folder_that_holds_another_run(capsys, tmp_path, tiny_dir, data):
@@ -145,6 +150,22 @@ def test_an_output_folder_that_holds_another_run(capsys, tmp_path, tiny_dir, dat
     (stranger / "cat.jpg").write_text("meow")
     assert "not empty" in refused(capsys, train.main, *flags[:7], stranger)
     assert "is a file" in refused(capsys, train.main, *flags[:7], stranger / "cat.jpg")
+
+
+def test_a_run_that_lost_its_checkpoints_does_not_start_over(capsys, tmp_path, tiny_dir, data):
+    out = tmp_path / "run"
+    flags = ("--stage", "sft", "--model", tiny_dir, "--data", data, "--out", out, "--batch-size", 1, "--save-every", 2)
+    assert run_script("train", train.main, [str(flag) for flag in flags]) == 0
+    capsys.readouterr()
+    metrics = (out / "metrics.jsonl").read_text()
+    shutil.rmtree(out / "checkpoints")
+    assert "no checkpoint to go on from" in refused(capsys, train.main, *flags, "--resume")
+    assert (out / "metrics.jsonl").read_text() == metrics, "nothing is lost"
+    (out / "metrics.jsonl").write_text("".join(metrics.splitlines(keepends=True)[:2]))
+    assert run_script("train", train.main, [*map(str, flags), "--resume"]) == 0, "killed before the first was written"
+    capsys.readouterr()
+    (out / "metrics.jsonl").write_text("{}\n")
+    assert "metrics.jsonl, line 1: not a step's metrics" in refused(capsys, train.main, *flags, "--resume")
 
 
 def test_a_run_killed_while_it_claimed_its_folder_goes_on(tmp_path, tiny_dir, data):
@@ -223,6 +244,9 @@ def test_tau2_that_is_not_there(tmp_path, tiny_dir):
     ("setting", "value", "said"),
     [
         ("max_grad_norm", 0.0, "it must be above 0"),
+        ("engine_timeout", math.nan, "at least 1"),
+        ("engine_round", 99, "take 2 to 24 bits"),
+        ("sequence_low", 3.0, "leaves no ratio"),
         ("max_grad_norm", math.nan, "a number from 0 up"),
         ("lr", -1.0, "a number from 0 up"),
         ("user_max_tokens", -1, "a number from 0 up"),
@@ -234,6 +258,8 @@ def test_a_setting_out_of_range(setting, value, said):
     cli.check(config.GRPO(model="m", out="o"))
     with pytest.raises(BadInput, match=said):
         cli.check(config.GRPO(**{"model": "m", "out": "o", setting: value}))
+    with pytest.raises(BadInput, match="--min-partial is 5.0; it is a part of a whole"):
+        cli.check(config.RFT(model="m", out="o", min_partial=5.0))
 
 
 SCRIPTS = {

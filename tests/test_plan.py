@@ -431,3 +431,9 @@ def test_flags_of_the_dry_run_are_for_it_alone(capsys, model):
     assert "--gpus is for --dry-run" in capsys.readouterr().err
     assert run_script("train.py", train.main, ["--stage", "sft", "--dry-run"]) == 2
     assert "--model is needed" in capsys.readouterr().err
+
+
+def test_what_no_other_gpus_would_mend(capsys, model):
+    flags = "--stage grpo --preset tau2-4b --opening-tokens 999999"
+    assert "shorter conversations, or more --max-tokens" in dry_run(capsys, model, flags)[2]
+    assert "at most 100,000" in dry_run(capsys, model, "--stage grpo --preset tau2-4b --tasks-per-step 99999999")[2]

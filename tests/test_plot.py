@@ -110,8 +110,11 @@ def test_bad_input_is_one_line(make, tmp_path, capsys):
     sft = make("sft")
     (sft / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     assert "no step of these runs has any of reward" in refused(capsys, sft, "--out", tmp_path / "x.png")
-    (sft / "metrics.jsonl").write_text("nonsense\n")
-    assert "no JSON" in refused(capsys, sft)
+    for line in (b"nonsense", b"{}", b"[]", b"\xff"):
+        (sft / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n' + line + b"\n")
+        assert "metrics.jsonl, line 2: not" in refused(capsys, sft)
+    for name in (tmp_path / "x", tmp_path / "x.jpg", tmp_path, tmp_path / "nowhere" / "x.png"):
+        assert "ends in .png, in a folder that is there" in refused(capsys, sft, "--out", name)
     (sft / "config.json").write_text("{")
     assert "not a run's settings" in refused(capsys, sft)
     assert not (tmp_path / "x.png").exists()

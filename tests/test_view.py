@@ -54,7 +54,7 @@ def test_a_run_keeps_what_the_trainer_thought_of_every_token(run):
         said = [i for i, says in zip(record.trajectory.ids, record.trajectory.said) if says]
         assert [token.id for token in tokens] == said and entry.advantage is not None
         assert all(token.weight == pytest.approx(1, abs=1e-4) for token in tokens)
-        of_update[entry.number > 2] += [abs(token.drift) for token in tokens]  # a task, then two
+        of_update[entry.number in (3, 4)] += [abs(token.drift) for token in tokens]  # tasks 1 and 3, then 2
     means = [sum(each) / len(each) for each in of_update]
     assert sum(means) / 2 == pytest.approx(metrics["drift"], rel=1e-3) and 0 < metrics["drift"] < 1e-4
 
@@ -282,7 +282,10 @@ def test_bad_input_is_one_line(write, tmp_path, capsys):
     assert "--limit is -1" in refused(capsys, folder, "--limit", "-1")
     path = folder / "trajectories" / "step-000002.jsonl"
     path.write_text('{"step": 1}\n')
-    assert f"{path}: a line is no episode" in refused(capsys, folder)
+    assert f"{path}, line 1: no episode" in refused(capsys, folder)
+    assert "leave one out" in refused(capsys, folder, "--show", "1", "--html", tmp_path / "x.html")
+    for name in (tmp_path, tmp_path / "nowhere" / "x.html"):
+        assert "name a file, in a folder that is there" in refused(capsys, folder, "--html", name)
     for text in ("", "..", "1..2..3", "<", "< <1", "1e5", "nan"):
         with pytest.raises(BadInput):
             catalogue.condition("reward", text)
