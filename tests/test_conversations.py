@@ -86,8 +86,8 @@ def test_nothing_to_read_is_named(read, tmp_path):
         read(b"", b" ")
     with pytest.raises(DataError, match="no such file"):
         read_conversations(tmp_path / "missing.jsonl")
-    with pytest.raises(DataError, match="no such file"):
-        read_conversations(tmp_path)  # a folder
+    with pytest.raises(DataError, match="a folder; give JSONL"):
+        read_conversations(tmp_path)
 
 
 # -- the ways to write a conversation --------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def test_flops_are_those_of_the_matmuls():
             hidden = model.hidden(ids, torch.arange(tokens), repeat(full_attention))
             (hidden @ model.head_weight.T).sum().backward()
     twice = pace.flops(shape, [tokens], tokens)
-    attention = 6 * 2 * 2 * 32 * tokens**2  # 6 L H d len^2: the other half
+    attention = 6 * 2 * 4 * 32 * tokens**2  # 6 L H d len^2: the other half
     norms = 6 * tokens * sum(each.numel() for each in model.model.layers.parameters() if each.ndim == 1)
     assert counter.get_total_flops() == twice + attention - norms
 

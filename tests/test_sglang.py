@@ -250,7 +250,7 @@ def test_a_keeper_takes_its_server_along(tmp_path, number):
     server.start(60.0, shown=False)
     keeper, child = server.process.pid, child_of(server)
     os.kill(keeper, number)
-    assert gone_within(10, child) and not server.alive()
+    assert gone_within(10, child, keeper) and not server.alive()
     server.close()
 
 
