@@ -160,7 +160,7 @@ POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
 NOT_NEGATIVE = (  # noqa: SIM905  (likewise)
     "lr weight_decay max_grad_norm warmup alpha negative_weight clip_low clip_high entropy kl importance_cap "
     "sequence_low sequence_high min_partial max_refused tasks episodes patience temperature user_temperature max_drift "
-    "engine_round user_max_tokens"
+    "engine_round user_max_tokens corpus_tasks"
 ).split()
 
 SHARES = ("max_refused", "warmup", "min_partial")
