@@ -37,6 +37,8 @@ from minitau.log import run_script
 from minitau.run import open_chat
 
 LOOK_SECONDS = 60.0  # between two looks whether SGLang is well
+SILENT_SECONDS = 60.0  # after which a client that says nothing more is left
+LARGEST = 64_000_000  # bytes of a request
 NAME = "minitau-user"  # the model's name on the endpoint
 
 
@@ -44,15 +46,16 @@ def complete(body: Any, cfg: config.Server, chat: Chat, engine: Engine) -> dict[
     """One chat completion. Raises ValueError for a request that cannot be served, EngineError else."""
     if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
         raise ValueError("`messages` must be a list that is not empty")
-    if body.get("stream"):
-        raise ValueError("streaming is not supported")
+    if body.get("stream") or body.get("stop") or body.get("n") not in (None, 1):
+        raise ValueError("`stream`, `stop` and several choices (`n`) are not supported")
     messages = [read_message(row) for row in body["messages"]]
     policy = messages.pop(0).content if messages[0].role == "system" else ""
     opening = Opening(policy, tuple(body.get("tools") or ()), tuple(messages))
     prompt_ids = chat.open(opening)
     if len(prompt_ids) >= cfg.max_tokens:
         raise ValueError(f"the conversation has {len(prompt_ids)} tokens; --max-tokens is {cfg.max_tokens}")
-    limit = int(body.get("max_completion_tokens") or body.get("max_tokens") or cfg.max_new_tokens)
+    limits = (body.get("max_completion_tokens"), body.get("max_tokens"), cfg.max_new_tokens)
+    limit = int(next(each for each in limits if each is not None))
     temperature = cfg.temperature if body.get("temperature") is None else float(body["temperature"])
     seed = random.getrandbits(63) if body.get("seed") is None else int(body["seed"])
     if limit < 1 or not 0 <= temperature < math.inf:
@@ -93,6 +96,7 @@ def make_server(cfg: config.Server, chat: Chat, engine: Engine) -> ThreadingHTTP
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        timeout = SILENT_SECONDS
 
         def do_GET(self) -> None:
             if self.path == "/health":
@@ -104,10 +108,14 @@ def make_server(cfg: config.Server, chat: Chat, engine: Engine) -> ThreadingHTTP
 
         def do_POST(self) -> None:
             length = self.headers.get("Content-Length", "")
-            if not length.isdecimal():
+            if not length.isdecimal() or len(length) > len(str(LARGEST)) or int(length) > LARGEST:
                 self.close_connection = True  # nobody knows where this request ends
-                return self.fail(400, "Content-Length must be the body's length in bytes")
-            body = self.rfile.read(int(length))
+                return self.fail(400, f"Content-Length must be the body's length in bytes, at most {LARGEST}")
+            try:
+                body = self.rfile.read(int(length))
+            except (ConnectionError, TimeoutError):  # the client went in the middle of it
+                self.close_connection = True
+                return None
             if self.path != "/v1/chat/completions":
                 return self.fail(404, f"no such path: {self.path}")
             try:
@@ -146,12 +154,14 @@ def serve_local(cfg: config.Server) -> None:
     model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype)).requires_grad_(False)
     chat.check_vocabulary(model.cfg.vocab_size)
     try:
-        server = make_server(cfg, chat, open_engine(cfg, model, chat.stop_ids))
+        engine = open_engine(cfg, model, chat.stop_ids)
+        server = make_server(cfg, chat, engine)
     except (OSError, OverflowError) as error:
         raise BadInput(f"port {cfg.port}: {error}; choose another --port") from None
     say_ready(cfg, server.server_port)
     with contextlib.suppress(KeyboardInterrupt):  # the way to end it
         server.serve_forever()
+    engine.close()  # after the step that it is in: the interpreter must not end under it
 
 
 def serve_sglang(cfg: config.Server) -> None:

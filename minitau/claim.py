@@ -86,7 +86,12 @@ LOCKS: dict[Path, Any] = {}  # held until the process ends, however it ends
 
 def lock(folder: Path) -> None:
     """Keep other processes out of a run's folder. Raises BlockingIOError if one is there."""
-    if folder.resolve() not in LOCKS:
-        file = open(folder / ".lock", "w")  # noqa: SIM115  (closing it would give the lock away)
+    lock_file(folder / ".lock")
+
+
+def lock_file(path: Path) -> None:
+    """Make `path` this process's until it ends. Raises BlockingIOError if it is another's."""
+    if path.resolve() not in LOCKS:
+        file = open(path, "w")  # noqa: SIM115  (closing it would give the lock away)
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        LOCKS[folder.resolve()] = file
+        LOCKS[path.resolve()] = file

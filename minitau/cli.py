@@ -60,7 +60,9 @@ DECIDED_BY = {"task_file": ("domains", "split", "tasks"), "greedy": ("temperatur
 
 
 def check_typed(typed: dict[str, Any]) -> None:
-    """Raise BadInput for flags that contradict each other."""
+    """Raise BadInput for flags that contradict each other, or say nothing where much depends on it."""
+    if typed.get("task_file") == "":
+        raise BadInput("--task-file is empty: name a file, or leave the flag out to take all tasks")
     for name, decided in DECIDED_BY.items():
         for other in decided:
             if typed.get(name) and other in typed:
@@ -142,6 +144,8 @@ def out_of_range(name: str, value: Any) -> str:
         return "it must be at least 1"
     if name in NOT_NEGATIVE and not 0 <= value < math.inf:
         return "it must be a number from 0 up"
+    if name == "seed" and not -(2**63) <= value < 2**63:
+        return "it must fit 64 bits"
     if name in SHARES and value > 1:
         return "it is a part of a whole, from 0 to 1"
     if name in ABOVE_ZERO and not value > 0:
@@ -154,13 +158,13 @@ def out_of_range(name: str, value: Any) -> str:
 POSITIVE = (  # noqa: SIM905  (a list of names reads better as a sentence)
     "max_new_tokens max_tokens max_turns max_steps max_bad_calls concurrency epochs batch_size samples round_tasks "
     "steps tasks_per_step updates_per_step max_rounds num_trials micro_batch_tokens save_every keep engine_timeout tp "
-    "engine_tp"
+    "engine_tp sft_epochs"
 ).split()
 
 NOT_NEGATIVE = (  # noqa: SIM905  (likewise)
     "lr weight_decay max_grad_norm warmup alpha negative_weight clip_low clip_high entropy kl importance_cap "
     "sequence_low sequence_high min_partial max_refused tasks episodes patience temperature user_temperature max_drift "
-    "engine_round user_max_tokens corpus_tasks"
+    "engine_round user_max_tokens corpus_tasks demonstrations rft_tasks heard_weight"
 ).split()
 
 SHARES = ("max_refused", "warmup", "min_partial")
@@ -188,6 +192,8 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
         raise BadInput(f"--domains {','.join(values['domains'])}: a domain is named twice")
     if {"@", "?"} & set(values.get("user_api_base", "")):
         raise BadInput("--user-api-base may hold a key, which would stand in logs; put it into OPENAI_API_KEY")
+    if (address := values.get("user_api_base")) and not address.startswith(("http://", "https://")):
+        raise BadInput(f"--user-api-base {address}: http://HOST:PORT/v1 is needed, or https")
     if values.get("policy") and values["env"] != "tau2":
         raise BadInput("--policy is for --env tau2; courier's policies are part of its tasks")
     if values.get("agent") == "flawed" and values["env"] == "tau2":

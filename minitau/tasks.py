@@ -99,6 +99,8 @@ def screen(world: World, tasks: Sequence[Task]) -> Chosen:
 
 def read(path: str, env: str, world: World, *, training: bool = False) -> Chosen:
     """The tasks of a file, in its order. Raises BadInput naming the first line that cannot be used."""
+    if Path(path).is_dir():
+        raise BadInput(f"--task-file {path}: a folder; give a JSONL file of tasks")
     if not Path(path).is_file():
         raise BadInput(f"--task-file {path}: no such file; write one with python -m minitau.tasks --out {path}")
     chosen: Chosen = {}

@@ -64,6 +64,12 @@ def test_a_gpu_without_enough_memory_is_one_line_with_what_takes_less(capsys, mo
     assert all(f"--{flag}" in line for flag in ("recompute all", "resume", "micro-batch-tokens", "engine-mem"))
 
 
+def test_a_task_file_without_a_name_is_not_all_tasks(capsys, tmp_path, tiny_dir):
+    flags = ("--stage", "grpo", "--model", tiny_dir, "--out", tmp_path / "run")
+    assert "--task-file is empty" in refused(capsys, train.main, *flags, "--task-file", "")
+    assert "a folder" in refused(capsys, train.main, *flags, "--task-file", tmp_path)
+
+
 def test_unknown_flags_are_named_with_the_nearest_known_one(capsys):
     assert "did you mean --group-size?" in refused(capsys, train.main, "--stage", "grpo", "--group-sice", 4)
     assert "unknown flag --wat" in refused(capsys, evaluation.main, "--wat")
@@ -251,6 +257,8 @@ def test_tau2_that_is_not_there(tmp_path, tiny_dir):
         ("lr", -1.0, "a number from 0 up"),
         ("user_max_tokens", -1, "a number from 0 up"),
         ("steps", 0, "at least 1"),
+        ("seed", 10**20, "fit 64 bits"),
+        ("user_api_base", "127.0.0.1:30001/v1", "http://HOST:PORT/v1 is needed"),
         ("user_model", "", "must not be empty"),
     ],
 )

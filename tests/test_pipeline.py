@@ -158,6 +158,28 @@ def test_the_curriculum_meets_tasks_again():
     assert len(visits) == len(tasks) and sum(count > 1 for count in visits.values()) > len(tasks) / 2
 
 
+def test_a_demo_that_cannot_be_removes_nothing(tmp_path):
+    """Neither for a size that no stage takes, nor under another process that is at work there."""
+    out = tmp_path / "demo"
+    out.mkdir()
+    (out / demo.MARKER).write_text("{}")
+    for flag, value in (("--demonstrations", "-5"), ("--sft-epochs", "0"), ("--rft-tasks", "-1")):
+        with pytest.raises(BadInput, match=flag):
+            demo.main(["--out", str(out), "--no-resume", flag, value])
+    hold = "import sys, time; from pathlib import Path; from minitau.claim import lock_file"
+    code = f"{hold}; lock_file(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path / ".demo.lock")]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(BadInput, match="another process is at work"):
+            demo.claim(out, demo.MARKER, {}, resume=False)
+        assert (out / demo.MARKER).exists()
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_a_step_that_fails_ends_the_demo(capfd):
     RUN("-c", "print('fine')")
     with pytest.raises(BadInput, match="status 3"):

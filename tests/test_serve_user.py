@@ -12,11 +12,12 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 from conftest import FAKE_SGLANG, FOR_THE_FAKE, ROOT
 
 import serve_user
@@ -198,6 +199,9 @@ BAD = {
     "content is a list": {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
     "calls are a number": {"messages": [*TALK, {"role": "assistant", "tool_calls": 5}]},
     "streaming": {"messages": TALK, "stream": True},
+    "several choices": {"messages": TALK, "n": 3},
+    "words to stop at": {"messages": TALK, "stop": ["x"]},
+    "no length at all": {"messages": TALK, "max_tokens": 0},
     "tools are text": {"messages": TALK, "tools": "hold"},
     "tools without names": {"messages": TALK, "tools": [{"type": "function"}]},
     "temperature is text": {"messages": TALK, "temperature": "warm"},
@@ -229,10 +233,11 @@ def test_an_engine_that_fails_is_503(chat):
     assert status == 503 and row["error"]["message"] == "out of memory"
 
 
-def test_a_broken_header_is_answered(base):
+@pytest.mark.parametrize("length", ["many", "-1", str(10**12), "9" * 5000])
+def test_a_broken_header_is_answered(base, length):
     with socket.create_connection(("127.0.0.1", int(base.rsplit(":", 1)[1])), timeout=5) as connection:
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: many\r\n\r\n"
-        connection.sendall(head)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
+        connection.sendall(head.encode())
         reply = b"".join(iter(lambda: connection.recv(1000), b""))
         assert reply.startswith(b"HTTP/1.1 400")
 
@@ -258,6 +263,32 @@ def test_a_client_that_hangs_up_is_nobodys_problem(chat, capfd):
         gone.set()
         assert complete(base)[0] == 200
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_it_ends_in_order_while_it_answers(tiny_dir, tmp_path):
+    """The engine's thread is inside torch then, and the interpreter must not end under it."""
+    said = tmp_path / "said"
+    with open(said, "w") as file:
+        flags = ("--engine", "local", "--port", "0", "--max-new-tokens", "2000", "--max-tokens", "4000")
+        process = warm.Script("serve_user.py", "--model", str(tiny_dir), *flags, stdout=file)
+    try:
+        deadline = time.monotonic() + 60
+        while "TAU2_USER_API_BASE=" not in said.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        base = said.read_text().split("TAU2_USER_API_BASE=")[1].split()[0].removesuffix("/v1")
+
+        def answered():
+            with suppress(OSError):
+                complete(base)
+
+        threads = [threading.Thread(target=answered, daemon=True) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
 
 
 def test_main_says_what_is_missing_in_one_line(tiny_dir, tmp_path, capsys, base):

@@ -177,7 +177,7 @@ def test_an_empty_file_is_not_a_choice(tmp_path, text):
     (tmp_path / "f").write_text(text)
     with pytest.raises(BadInput, match="no tasks in it"):
         tasks.read(str(tmp_path / "f"), "courier", WORLD)
-    with pytest.raises(BadInput, match="no such file"):
+    with pytest.raises(BadInput, match="a folder; give a JSONL file"):
         tasks.read(str(tmp_path), "courier", WORLD)
 
 

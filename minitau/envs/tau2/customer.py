@@ -16,6 +16,11 @@ from minitau.episode import Stop, UserError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds; each pause is about twice the one before it
 AGAIN = (408, 409, 429)  # timeout, conflict, too many requests: the errors from 400 to 499 that pass by themselves
+HINTS = {  # the commonest mistakes
+    400: "a provider that litellm does not know, as a server of one's own is openai/NAME; or a request too long",
+    401: "is the key in the environment, as in OPENAI_API_KEY?",
+    404: "is --user-api-base right, with its /v1, and the model's name?",
+}
 
 
 class Customer:
@@ -71,7 +76,8 @@ def told(error: BaseException) -> str:
         if type(cause).__name__ == "ConnectError":
             return "nothing listens at its address; is --user-api-base right, and the server up?"
     status = getattr(error, "status_code", None)
-    return type(error).__name__ + (f" (status {status})" if status else "")
+    hint = f"; {HINTS[status]}" if status in HINTS else ""
+    return type(error).__name__ + (f" (status {status}{hint})" if status else "")
 
 
 def writable(said: Any) -> Any:
