@@ -113,7 +113,8 @@ def engine(case: Case) -> list[Part]:
     """An engine's share of a GPU: it takes --engine-mem of what is free when it starts, weights and cache in one. Of
     both each of its GPUs holds as much."""
     weights, over = HALF * memory.parameters(case.shape) / case.tp, f" / {case.tp} GPUs" if case.tp > 1 else ""
-    free = free_for_engine(case)
+    there = total(lodgers(case)) + sharded(case) if case.guest else RESERVED + CONTEXT
+    free = case.gpu.memory - there
     cache = max(0.0, case.cfg.engine_mem * free - weights)
     how = f"--engine-mem {case.cfg.engine_mem:g} x {gb(free)} free at its start, less weights"
     held = f"{tokens_in(case, cache):,.0f} tokens" + (f" on {case.tp} GPUs" if case.tp > 1 else "")
@@ -124,17 +125,11 @@ def engine(case: Case) -> list[Part]:
     ]
 
 
-def free_for_engine(case: Case) -> float:
-    """Bytes of a GPU that are free when its engine starts with the run."""
-    there = total(lodgers(case)) + sharded(case) if case.guest else RESERVED + CONTEXT
-    return case.gpu.memory - there
-
-
 def cache_after_a_restart(case: Case) -> float:
     """Bytes of the cache of an engine that starts beside an optimizer with its moments: with --resume, or because it
     died. It takes the same part of less."""
     moments = ADAM * memory.parameters(case.shape) / case.ranks if case.guest and case.stage == "grpo" else 0.0
-    return engine(case)[1].amount - case.cfg.engine_mem * moments
+    return max(0.0, engine(case)[1].amount - case.cfg.engine_mem * moments)
 
 
 def tokens_in(case: Case, cache: float) -> float:
@@ -217,7 +212,7 @@ def problems(case: Case) -> list[str]:
     if loading > have:
         found.append(f"loading puts whole fp32 weights on each GPU, {gb(loading - have)} more than it has")
     if case.samples:
-        tokens = tokens_in(case, max(0.0, cache_after_a_restart(case)))
+        tokens = tokens_in(case, cache_after_a_restart(case))
         if tokens < case.cfg.max_tokens:
             when = " once it has to start again beside the optimizer" if case.guest and case.stage == "grpo" else ""
             found.append(

@@ -302,8 +302,10 @@ def load(run_dir: Path, model: Qwen3, optimizer: torch.optim.Optimizer) -> dict[
         parallel.load_state(place / "state", model, optimizer)
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
-        before = "go on from the one before" if len(all_checkpoints(run_dir)) > 1 else "start over: it is the only one"
-        raise CheckpointError(f"{place}: cannot be read ({why}); remove it to {before}") from None
+        advice = "remove it to go on from the one before"
+        if len(all_checkpoints(run_dir)) == 1:
+            advice = "it is the only one: choose another --out, or remove the run to start over"
+        raise CheckpointError(f"{place}: cannot be read ({why}); {advice}") from None
     return state
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +59,24 @@ def claim_run_dir(out: str, resume: bool, settings: dict[str, Any]) -> Path:
     elif folder.exists() and {entry.name for entry in folder.iterdir()} - {".lock", "config.tmp"}:
         # (Those two are all that a run leaves which was killed while it claimed the folder.)
         raise BadInput(f"{out} is not empty and holds no run of minitau; choose another --out")
-    try:
+    with refusing(out):
         folder.mkdir(parents=True, exist_ok=True)
-        lock(folder)
+        lock(folder / ".lock")
         scratch = path.with_suffix(".tmp")
         scratch.write_text(json.dumps(settings, indent=1))
         scratch.replace(path)
+    return folder
+
+
+@contextmanager
+def refusing(out: str | Path) -> Iterator[None]:
+    """Raise BadInput where the block finds `out` locked, or cannot write there."""
+    try:
+        yield
     except BlockingIOError:
         raise BadInput(f"another process is at work in {out}; wait for it, or choose another --out") from None
     except OSError as error:
         raise BadInput(f"{out} cannot be written ({error.strerror}); choose another --out") from None
-    return folder
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -84,12 +93,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 LOCKS: dict[Path, Any] = {}  # held until the process ends, however it ends
 
 
-def lock(folder: Path) -> None:
-    """Keep other processes out of a run's folder. Raises BlockingIOError if one is there."""
-    lock_file(folder / ".lock")
-
-
-def lock_file(path: Path) -> None:
+def lock(path: Path) -> None:
     """Make `path` this process's until it ends. Raises BlockingIOError if it is another's."""
     if path.resolve() not in LOCKS:
         file = open(path, "w")  # noqa: SIM115  (closing it would give the lock away)

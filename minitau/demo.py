@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from minitau import checkpoint, cli, config, picture, report
-from minitau.claim import lock_file
+from minitau.claim import lock, refusing
 from minitau.config import setting
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory
@@ -164,16 +164,12 @@ def claim(out: Path, marker: str, identity: dict[str, Any], resume: bool) -> Non
     if out.exists() and {entry.name for entry in out.iterdir()} - {scratch.name} and not path.is_file():
         # (The scratch file is all that a command leaves which was killed while it claimed the folder.)
         raise BadInput(f"{out} is not empty and was not made by this command; choose another --out")
-    try:
+    with refusing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock_file(out.with_name(f".{out.name}.lock"))  # beside it: one inside would go with the folder
+        lock(out.with_name(f".{out.name}.lock"))  # beside it: one inside would go with the folder
         if not resume:
             shutil.rmtree(out, ignore_errors=True)
         out.mkdir(exist_ok=True)
-    except BlockingIOError:
-        raise BadInput(f"another process is at work in {out}; wait for it, or choose another --out") from None
-    except OSError as error:
-        raise BadInput(f"{out} cannot be written ({error.strerror}); choose another --out") from None
     settings = json.dumps(identity)
     if not path.is_file():
         scratch.write_text(settings)

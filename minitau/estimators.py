@@ -51,7 +51,7 @@ def bootstrap_interval(
 
     Tasks, not episodes, are drawn again: trials of one task resemble each other. Where all tasks
     have the same value, resampling shows no spread at all, and `unseen` stands in. Where nearly all
-    have, it shows too little: of 66 tasks that each succeed 98 times in 100, four trials, 90% hold the truth.
+    have, it shows too little, and fewer than 95% of such intervals hold the truth.
     """
     values = [estimator(n, c, k) for n, c in tallies if n >= k]
     return resampled(values, 0.0, draws, seed) if values else [0.0, 1.0]

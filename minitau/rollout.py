@@ -248,7 +248,7 @@ def require_verdicts(trajectories: Sequence[Trajectory]) -> str:
     rest.
     """
     broken = [t for t in trajectories if t.stop.ours]
-    if len(broken) < len(trajectories) and not any(t.turns or t.stop.ours for t in trajectories):
+    if trajectories and all(t.stop == Stop.MAX_TOKENS and not t.turns for t in trajectories):
         shortest = min(len(t.ids) for t in trajectories)
         raise EpisodeError(
             f"no conversation had room for a reply: they open with {shortest} tokens; raise --max-tokens"

@@ -166,8 +166,8 @@ def test_a_demo_that_cannot_be_removes_nothing(tmp_path):
     for flag, value in (("--demonstrations", "-5"), ("--sft-epochs", "0"), ("--rft-tasks", "-1")):
         with pytest.raises(BadInput, match=flag):
             demo.main(["--out", str(out), "--no-resume", flag, value])
-    hold = "import sys, time; from pathlib import Path; from minitau.claim import lock_file"
-    code = f"{hold}; lock_file(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    hold = "import sys, time; from pathlib import Path; from minitau.claim import lock"
+    code = f"{hold}; lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", code, str(tmp_path / ".demo.lock")]
     other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:

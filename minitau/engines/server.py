@@ -68,10 +68,7 @@ def request(url: str, body: Any = None, *, timeout: float) -> Any:
                 said = reply.read()
         except urllib.error.HTTPError as error:
             raise Refused(error.code, error.read().decode("utf-8", "replace")) from None
-    except (
-        OSError,
-        http.client.HTTPException,
-    ) as error:  # refused, reset, timed out, cut in half, also within an error
+    except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut in half
         reason = getattr(error, "reason", error)  # urllib wraps what happens before the request is out
         raise NoAnswer(f"{type(reason).__name__}: {reason}", isinstance(reason, TimeoutError)) from None
     try:
