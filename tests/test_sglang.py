@@ -248,9 +248,10 @@ def test_a_keeper_takes_its_server_along(tmp_path, number):
     command = [sys.executable, str(ROOT / "tests" / "many_deaths.py")]
     server = Server(lambda port: [*command, "--port", str(port)], tmp_path / "log", "SGLang")
     server.start(60.0, shown=False)
-    keeper, child = server.process.pid, child_of(server)
-    os.kill(keeper, number)
-    assert gone_within(10, child, keeper) and not server.alive()
+    child = child_of(server)
+    server.process.send_signal(number)
+    server.process.wait(10)
+    assert gone_within(10, child) and not server.alive()
     server.close()
 
 
