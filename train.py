@@ -120,6 +120,8 @@ def train_grpo(cfg: config.GRPO) -> None:
                 updates = [[score(reference, mb, cfg, "reference_N") for mb in mbs] for mbs in updates]
             if cfg.updates_per_step > 1:
                 updates = [[score(run.model, mb, cfg, "old_N") for mb in mbs] for mbs in updates]
+        with clock.phase("checkpoint"):
+            checkpoint.finish()  # the last one, of weights that now change: most often it is there long since
         old: list[Tensor] = []  # what the trainer thought of every token before its update: kept for people to read
         with clock.phase("update"):
             loss_of = partial(grpo_loss, run.model, cfg=cfg, record=old)
@@ -139,9 +141,9 @@ def train_grpo(cfg: config.GRPO) -> None:
         }
         run.log.write(metrics, ("reward", "partial", "zero_variance_share"))
         save_trajectories(run, cfg, step, played, chunks, old)
-        clock = Clock()  # the time of a checkpoint stands in the line of the step after it
+        clock = Clock()
         if step % cfg.save_every == 0 or last:
-            with clock.phase("checkpoint"):
+            with clock.phase("checkpoint"):  # written while the next batch is played, and counted with that step
                 save(run, cfg, step, state)
     run.log.finish()
     engine.close()
@@ -368,6 +370,8 @@ def fit(run: Run, cfg: config.SFT | config.RFT, trajectories: list[Trajectory], 
         order = Random(f"{cfg.seed}:{epoch}:order").sample(trajectories, len(trajectories))
         chosen = order[position * cfg.batch_size : (position + 1) * cfg.batch_size]
         said = max(1, sum(sum(t.said) for t in chosen))
+        with clock.phase("checkpoint"):
+            checkpoint.finish()  # of weights that now change
         with clock.phase("update"):
             mbs = micro_batches(cfg, [batch.Sample(t, weight=1.0 / said) for t in chosen])
             losses = update(run, cfg, mbs, lambda mb: sft_loss(run.model, mb, cfg.dtype), cosine(done, total, cfg))
@@ -404,6 +408,7 @@ def main(argv: list[str]) -> None:
             "start anew with fewer --micro-batch-tokens"
         ) from error
     finally:
+        checkpoint.finish()  # what was begun is worth the wait
         parallel.stop()
 
 

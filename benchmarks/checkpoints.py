@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 -m benchmarks.checkpoints --work DIR     # writes, forgets, reads
     python -m benchmarks.checkpoints --work DIR --read                   # reads on one GPU what two have written
 
-Random fp32 weights and AdamW's moments after one step, through checkpoint.save and checkpoint.load as they are. Both
+Random fp32 weights and AdamW's moments after one step, through checkpoint.begin, finish and load as they are. Both
 commands print one JSON object. What was written is known by sums over the bits of every tensor, which are the same on
 any number of ranks; where it is read again on the ranks that wrote it, also every bit is compared.
 
@@ -74,14 +74,16 @@ def write(opened: SimpleNamespace, cfg: config.SFT, folder: Path) -> dict[str, A
     """Save, change everything, load."""
     state = {"fingerprint": fingerprint(opened)}
     how = {"dtype": getattr(torch, cfg.dtype), "tokenizer_dir": folder / "tokenizer", "keep": 1}
-    saving, place = timed(lambda: checkpoint.save(folder, 1, opened.model, opened.optimizer, state, **how))
+    beginning, _ = timed(lambda: checkpoint.begin(folder, 1, opened.model, opened.optimizer, state, **how))
+    finishing, place = timed(checkpoint.finish)
     kept = {name: part.clone() for name, part in tensors(opened)}
     for _, part in tensors(opened):
         part.add_(1.0)
     found = read(opened, folder)
     same = all(torch.equal(part.view(torch.int32), kept[name].view(torch.int32)) for name, part in tensors(opened))
     parts = {part: size_of(place / part) for part in ("state", "model")}
-    return {"save_seconds": saving, "bytes": parts, **found, "every_bit_is_back": all(parallel.gather(same))}
+    seconds = {"begin_seconds": beginning, "save_seconds": beginning + finishing}
+    return {**seconds, "bytes": parts, **found, "every_bit_is_back": all(parallel.gather(same))}
 
 
 def read(opened: SimpleNamespace, folder: Path) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A checkpoint is one folder, `RUN/checkpoints/step-000010/`, with `state.json` (step, curriculum,
 whatever else the stage keeps), `state/` (fp32 weights and optimizer, a shard a rank) and `model/`
 (a Hugging Face directory that eval.py, transformers and SGLang load). It is written beside its
-place under another name and renamed when whole, so a crash leaves the previous one as it was.
+place under another name and renamed when whole, so a crash leaves the previous one as it was; and by a thread, so that
+what does not change the weights, as a rollout, goes on meanwhile.
 No random state is kept because there is none: every draw is seeded by (seed, step, task, sample).
 """
 
@@ -16,7 +17,8 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -140,28 +142,21 @@ def read_safetensors(model_dir: Path) -> Iterable[tuple[str, Tensor]]:
 def save_pretrained(
     folder: Path, cfg: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, tokenizer_dir: Path
 ) -> None:
-    """Write a Hugging Face directory: config, safetensors in shards of 4 GB, and the tokenizer's files.
-
-    Rank 0 writes; the others only take their part in gathering `weights`. Raises OSError.
-    """
-    main = parallel.is_main()
+    """Write a Hugging Face directory: config, safetensors in shards of 4 GB, and the tokenizer's files. One process
+    does. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Any]] = []  # {"names": [...], "file": temporary name}
     batch: dict[str, Tensor] = {}
     size = total = 0
-    problem: Exception | None = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = error
 
     def flush() -> None:
-        nonlocal batch, size, problem
-        if batch and problem is None:
+        nonlocal batch, size
+        if batch:
             file = f"shard-{len(shards)}.tmp"
             try:
                 save_file(batch, folder / file, metadata={"format": "pt"})
-            except (OSError, SafetensorError) as error:
-                problem = error  # raised below: the other ranks are still gathering and must not wait for us
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
             shards.append({"names": list(batch), "file": file})
         batch, size = {}, 0
 
@@ -169,18 +164,14 @@ def save_pretrained(
         nbytes = tensor.numel() * dtype.itemsize
         if size + nbytes > SHARD_BYTES:
             flush()
-        if main:
-            batch[name] = tensor.to(device="cpu", dtype=dtype).contiguous()
+        batch[name] = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
         size, total = size + nbytes, total + nbytes
     flush()
-    if problem is not None:
-        raise OSError(str(problem)) from problem
-    if main:
-        name_shards(folder, shards, total)
-        write_config(folder, cfg, dtype, tokenizer_dir)
-        for file in TOKENIZER_FILES:
-            if (tokenizer_dir / file).is_file() and tokenizer_dir != folder:
-                shutil.copyfile(Path(tokenizer_dir) / file, folder / file)
+    name_shards(folder, shards, total)
+    write_config(folder, cfg, dtype, tokenizer_dir)
+    for file in TOKENIZER_FILES:
+        if (tokenizer_dir / file).is_file() and tokenizer_dir != folder:
+            shutil.copyfile(Path(tokenizer_dir) / file, folder / file)
 
 
 def name_shards(folder: Path, shards: list[dict[str, Any]], total: int) -> None:
@@ -215,7 +206,27 @@ def write_config(folder: Path, cfg: ModelConfig, dtype: torch.dtype, source: Pat
     (folder / "config.json").write_text(json.dumps(row, indent=1))
 
 
-def save(
+class Writing(threading.Thread):
+    """A checkpoint on its way to the disk. All ranks write, each in such a thread."""
+
+    def __init__(self, write: Callable[[], Path]):
+        super().__init__(name="checkpoint", daemon=True)
+        self.write = write
+        self.place: Path | None = None
+        self.problem: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            parallel.use_device()
+            self.place = self.write()
+        except BaseException as error:
+            self.problem = error
+
+
+UNDER_WAY: list[Writing] = []  # what this process writes: one at most
+
+
+def begin(
     run_dir: Path,
     step: int,
     model: Qwen3,
@@ -225,29 +236,65 @@ def save(
     dtype: torch.dtype,
     tokenizer_dir: Path,
     keep: int,
-) -> Path:
-    """Write the checkpoint of `step` and drop all but the newest `keep`.
+) -> None:
+    """Begin to write the checkpoint of `step`, which in the end drops all but the newest `keep`.
 
-    Raises CheckpointError, after removing what was half written, when the disk is full; the
+    Until `finish`, neither weights nor optimizer may change. Raises CheckpointError for the one before.
+    """
+    finish()
+    shards = parallel.state_of(model, optimizer)
+    weights = list(model.named_parameters())
+
+    def fill(folder: Path) -> None:
+        parallel.save_state(folder / "state", shards)
+        whole = parallel.weights_on_main(weights, dtype)
+        try:
+            if parallel.is_main():
+                save_pretrained(folder / "model", model.cfg, whole, dtype, tokenizer_dir)
+                write_json(folder / "state.json", {"step": step, **state})
+        finally:
+            deque(whole, maxlen=0)  # the others give what they hold; the first rank takes it also if the disk does not
+
+    UNDER_WAY.append(Writing(lambda: write(run_dir, step, fill, keep)))
+    UNDER_WAY[0].start()
+
+
+def finish() -> Path | None:
+    """Wait for what `begin` began, if it did: the checkpoint that is now whole.
+
+    Raises CheckpointError, when what was half written has been removed, if the disk is full; the
     earlier checkpoints are untouched.
     """
+    if not UNDER_WAY:
+        return None
+    writing = UNDER_WAY[0]
+    with uninterrupted():
+        writing.join()
+        UNDER_WAY.clear()
+    if writing.problem:
+        raise writing.problem
+    return writing.place
+
+
+def write(run_dir: Path, step: int, fill: Callable[[Path], None], keep: int) -> Path:
+    """Have all ranks fill a folder, and give it its name. In the thread of checkpoints, or where there is no other."""
+
+    def gather(item: str) -> list[str]:
+        return parallel.gather(item, beside="checkpoint")
+
     place = run_dir / "checkpoints" / f"step-{step:06d}"
     scratch = place.with_name(f".{place.name}.tmp")
     if parallel.is_main():
         for leftover in place.parent.glob(".step-*.tmp"):  # of a crash, of whichever step
             shutil.rmtree(leftover, ignore_errors=True)
-    parallel.barrier()
+    gather("removed")
     problem = ""
-    with uninterrupted():
-        try:
-            scratch.mkdir(parents=True, exist_ok=True)
-            parallel.save_state(scratch / "state", model, optimizer)
-            save_pretrained(scratch / "model", model.cfg, parallel.FullWeights(model), dtype, tokenizer_dir)
-            if parallel.is_main():
-                write_json(scratch / "state.json", {"step": step, **state})
-        except OSError as error:
-            problem = str(error)
-    if problems := [p for p in parallel.gather(problem) if p]:
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        fill(scratch)
+    except OSError as error:
+        problem = str(error)
+    if problems := [p for p in gather(problem) if p]:
         if parallel.is_main():
             shutil.rmtree(scratch, ignore_errors=True)
         kept = latest(run_dir)
@@ -259,13 +306,13 @@ def save(
         scratch.rename(place)
         for old in all_checkpoints(run_dir)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
-    parallel.barrier()
+    gather("named")
     return place
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let ctrl-C wait until the block is done: the writers below would take it for a failed disk."""
+    """Let ctrl-C wait until the block is done: what is written is worth the wait."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -40,7 +40,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 # A rank may wait for the slowest episode of another: longer than any step, short of a lost night.
 TIMEOUT = datetime.timedelta(hours=4)
 LOOPBACK = "127.0.0.1"
-BESIDE: dist.ProcessGroup | None = None  # all ranks once more, for a thread that runs beside the training
+BESIDE: dict[str, dist.ProcessGroup] = {}  # all ranks once more, for each thread that runs beside the training
 
 
 def rank() -> int:
@@ -62,6 +62,12 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def use_device() -> None:
+    """What this thread does on a GPU it does on this rank's: each thread has to say so."""
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+
+
 def start() -> None:
     """Join the process group that torchrun announced. Nothing to do for a single process.
 
@@ -73,13 +79,12 @@ def start() -> None:
             raise OSError(
                 f"rank {rank()} has no GPU: {count}; lower --nproc_per_node, or hide all: CUDA_VISIBLE_DEVICES=''"
             )
-        torch.cuda.set_device(device())
+        use_device()
     if world_size() > 1:
         # Both backends: NCCL moves the shards, gloo the Python objects that live on the CPU.
         backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
-        global BESIDE
-        BESIDE = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        BESIDE.update({thread: dist.new_group(backend="gloo", timeout=TIMEOUT) for thread in ("rollout", "checkpoint")})
 
 
 def stop() -> None:
@@ -92,16 +97,16 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(item: Any, *, beside: bool = False) -> list[Any]:
+def gather(item: Any, *, beside: str = "") -> list[Any]:
     """Every rank's `item`, in rank order, on every rank.
 
-    beside: for what may run in a thread of its own while the main thread trains. What all ranks do together must
-    come in the same order on each of them, and the order of two threads is anybody's guess.
+    beside: for what may run in a thread of its own while the main thread trains: that thread's name in BESIDE. What all
+    ranks do together must come in the same order on each of them, and the order of two threads is anybody's guess.
     """
     if world_size() == 1:
         return [item]
     items: list[Any] = [None] * world_size()
-    dist.all_gather_object(items, item, group=BESIDE if beside else None)
+    dist.all_gather_object(items, item, group=BESIDE.get(beside))
     return items
 
 
@@ -376,17 +381,42 @@ def local(parameter: nn.Parameter) -> Tensor:
     return whole.to_local() if isinstance(whole, DTensor) else whole
 
 
-def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write fp32 weights and optimizer state, each rank its shards. Raises OSError if it cannot."""
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """fp32 weights and optimizer state as they are kept, this rank's shards: no copies."""
     fresh = not optimizer.state
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     if fresh:  # torch made the state by a step with zero gradients, and counted it
         for each in optimizer.state.values():
             each["step"].zero_()
+    return state
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write what state_of gave, each rank its shards, in the thread of checkpoints. Raises OSError if it cannot."""
     try:
-        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        dcp.save(state, checkpoint_id=folder, process_group=BESIDE.get("checkpoint"), no_dist=not dist.is_initialized())
     except dcp.api.CheckpointException as error:
         raise os_error(error) from error
+
+
+def weights_on_main(weights: Sequence[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) on rank 0, in its own memory, one at a time; on the other ranks, which all must iterate to
+    the end, an empty one. For the thread of checkpoints: no GPU takes part, whose collectives are the main thread's."""
+    for name, tensor in weights:
+        part = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().cpu().to(dtype)
+        yield name, collected(part, tensor.shape) if isinstance(tensor, DTensor) else part
+
+
+def collected(part: Tensor, shape: torch.Size) -> Tensor:
+    """On rank 0 a tensor of that shape, whose rows the ranks hold in order; every rank but the last ones as many."""
+    rows, *row = shape
+    share = -(-rows // world_size()) * math.prod(row)
+    mine = part.new_zeros(share)
+    mine[: part.numel()] = part.flatten()
+    whole = part.new_empty(share * world_size() if is_main() else 0)
+    places = [place.view(torch.uint8) for place in whole.chunk(world_size())] if is_main() else None
+    dist.gather(mine.view(torch.uint8), places, group=BESIDE["checkpoint"])  # bytes: gloo does not know every dtype
+    return whole[: shape.numel()].view(shape) if is_main() else whole
 
 
 def os_error(error: dcp.api.CheckpointException) -> OSError:

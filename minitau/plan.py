@@ -130,9 +130,12 @@ def checkpoint_bytes(shape: ModelConfig) -> int:
     return (MASTER + ADAM + HALF) * memory.parameters(shape)
 
 
-def saving(case: Case) -> Part:
+def saving(case: Case, beside: float = 0.0) -> Part:
+    """What the update has to wait for it: it is written while the next batch is played, for `beside` seconds."""
     size, every = checkpoint_bytes(case.shape), case.cfg.save_every
-    return Part("checkpoint", size / pace.DISK / every, f"{gb(size)} / {gb(pace.DISK)}/s, every {every} steps")
+    seconds = max(0.0, size / pace.DISK - beside)
+    less = f", less the {beside:.0f} s that a rollout goes on beside" if beside else ""
+    return Part("checkpoint", seconds / every, f"{gb(size)} / {gb(pace.DISK)}/s{less}, every {every} steps")
 
 
 def step_parts(case: Case) -> list[Part]:
@@ -143,7 +146,9 @@ def step_parts(case: Case) -> list[Part]:
     flat = case.told.flat_groups if cfg.dynamic_sampling else 0.0
     rounds = [math.ceil(cfg.tasks_per_step * flat**i) for i in range(cfg.max_rounds) if i == 0 or flat]
     training = updates(case, cfg.tasks_per_step * cfg.group_size, cfg.updates_per_step)
-    return [rollout(case, rounds, cfg.group_size), *training, sync(case), saving(case)]
+    playing = rollout(case, rounds, cfg.group_size)
+    beside = playing.amount - (total(training) if cfg.ahead else 0.0)  # with --ahead it had begun before the update
+    return [playing, *training, sync(case), saving(case, max(0.0, beside))]
 
 
 def step_seconds(case: Case, parts: Sequence[Part]) -> float:

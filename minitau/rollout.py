@@ -203,7 +203,7 @@ def collect(
 
     in_threads(work, queue, workers, stage.engine)
     progress.close()
-    everyone = {index: t for part in parallel.gather(played, beside=True) for index, t in part.items()}
+    everyone = {index: t for part in parallel.gather(played, beside="rollout") for index, t in part.items()}
     return [everyone[index] for index in range(len(jobs))]
 
 

@@ -172,13 +172,14 @@ def update(
 
 
 def save(run: Run, cfg: config.Training, step: int, state: dict) -> None:
-    """A checkpoint of this step. Raises CheckpointError if it cannot be written."""
+    """Begin to write a checkpoint of this step: checkpoint.finish before the weights change."""
     dtype, source = getattr(torch, cfg.dtype), Path(cfg.model)
-    checkpoint.save(run.dir, step, run.model, run.optimizer, state, dtype=dtype, tokenizer_dir=source, keep=cfg.keep)
+    checkpoint.begin(run.dir, step, run.model, run.optimizer, state, dtype=dtype, tokenizer_dir=source, keep=cfg.keep)
 
 
 def export(run: Run) -> None:
     """RUN/model: what the newest checkpoint holds, under a name that stays."""
+    checkpoint.finish()
     if parallel.is_main():
         scratch, place = run.dir / ".model.tmp", run.dir / "model"
         shutil.rmtree(scratch, ignore_errors=True)

@@ -78,7 +78,7 @@ def play(folder):
         killing.start()
         in_threads(ask, parallel.SharedQueue(f"round {number}", 1, each_rank=True), 1, engine)
         killing.join()
-        parallel.gather(number, beside=True)  # as rollout.collect does, and all must get there
+        parallel.gather(number, beside="rollout")  # as rollout.collect does, and all must get there
     announced = parallel.count(f"announced/{RESTARTED}", 0)
     answered = parallel.ANSWERED[RESTARTED]
     (folder / f"rank-{parallel.rank()}.json").write_text(json.dumps([versions, announced, answered]))

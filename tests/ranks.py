@@ -9,6 +9,7 @@ import math
 import resource
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -138,10 +139,9 @@ def take_all(name: str, n: int) -> list[int]:
 
 
 def save(run: runs.Run, folder: Path, step: int) -> Path:
-    state = {"mark": step}
-    return checkpoint.save(
-        folder, step, run.model, run.optimizer, state, dtype=torch.float32, tokenizer_dir=folder, keep=2
-    )
+    how = {"dtype": torch.float32, "tokenizer_dir": folder, "keep": 2}
+    checkpoint.begin(folder, step, run.model, run.optimizer, {"mark": step}, **how)
+    return checkpoint.finish()
 
 
 def full_disk_on(rank: int, folder: Path) -> str:
@@ -156,6 +156,24 @@ def full_disk_on(rank: int, folder: Path) -> str:
         return str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    return "saved"
+
+
+def lost_model_file(folder: Path) -> str:
+    """Save while the first rank cannot write the model's files; what the refusal said."""
+    run, write = new_run(), checkpoint.save_pretrained
+
+    def refuse(place: Path, cfg: object, weights: Iterator[object], *more: object) -> None:
+        next(weights)
+        raise OSError("the disk went away")
+
+    checkpoint.save_pretrained = refuse
+    try:
+        save(run, folder, 9)
+    except checkpoint.CheckpointError as error:
+        return str(error)
+    finally:
+        checkpoint.save_pretrained = write
     return "saved"
 
 
@@ -216,6 +234,7 @@ def main(folder: Path) -> None:
     found["after scoring"] = weights_of(run.model)
     found["buckets"] = {size: bucketed(run.model, size) for size in BUCKETS}
 
+    found["lost model file"] = lost_model_file(folder / "lost")
     found["full disk"] = [full_disk_on(rank, folder / f"full-{rank}") for rank in range(2)]
     torch.save(found, folder / f"rank-{parallel.rank()}.pt")
 

@@ -3,6 +3,8 @@
 import json
 import resource
 import shutil
+import signal
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,16 +43,13 @@ def train_steps(net, optimizer, steps):
 
 
 def save(run_dir, step, net, optimizer, *, keep=2, state=None, dtype=torch.float32, tokenizer_dir=None):
-    return checkpoint.save(
-        run_dir,
-        step,
-        net,
-        optimizer,
-        state or {},
-        dtype=dtype,
-        tokenizer_dir=tokenizer_dir or run_dir,
-        keep=keep,
-    )
+    begin(run_dir, step, net, optimizer, keep=keep, state=state, dtype=dtype, tokenizer_dir=tokenizer_dir)
+    return checkpoint.finish()
+
+
+def begin(run_dir, step, net, optimizer, *, keep=2, state=None, dtype=torch.float32, tokenizer_dir=None):
+    how = {"dtype": dtype, "tokenizer_dir": tokenizer_dir or run_dir, "keep": keep}
+    checkpoint.begin(run_dir, step, net, optimizer, state or {}, **how)
 
 
 def copy_of(net):
@@ -284,6 +283,60 @@ def test_write_json_never_leaves_half_a_file(tmp_path):
     assert json.loads(path.read_text()) == {"step": 1}
 
 
+# -- beside what goes on ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """An event; nothing is written before it is set."""
+    gate, save_state = threading.Event(), parallel.save_state
+
+    def wait_and_save(*args):
+        assert gate.wait(60)
+        save_state(*args)
+
+    monkeypatch.setattr(parallel, "save_state", wait_and_save)
+    yield gate
+    gate.set()
+    checkpoint.finish()
+
+
+def test_it_is_written_beside_what_goes_on(tmp_path, slow_disk):
+    net, optimizer = new_run()
+    train_steps(net, optimizer, [0])
+    before = copy_of(net)
+    begin(tmp_path, 1, net, optimizer)
+    assert checkpoint.latest(tmp_path) is None  # and we are here
+    slow_disk.set()
+    assert checkpoint.finish() == checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-000001"
+    assert checkpoint.finish() is None
+    train_steps(net, optimizer, [1])
+    again, fresh = new_run(seed=7)
+    checkpoint.load(tmp_path, again, fresh)
+    assert_holds(again, before)
+
+
+def test_the_next_one_waits_for_the_one_before(tmp_path, slow_disk):
+    net, optimizer = new_run()
+    begin(tmp_path, 1, net, optimizer)
+    threading.Timer(0.2, slow_disk.set).start()
+    begin(tmp_path, 2, net, optimizer)
+    assert (tmp_path / "checkpoints" / "step-000001").is_dir()
+    checkpoint.finish()
+    assert checkpoint.latest(tmp_path).name == "step-000002"
+
+
+def test_ctrl_c_waits_until_it_is_written(tmp_path, slow_disk):
+    net, optimizer = new_run()
+    begin(tmp_path, 1, net, optimizer)
+    threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+    threading.Timer(0.5, slow_disk.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.finish()
+    assert checkpoint.latest(tmp_path).name == "step-000001"
+    assert checkpoint.finish() is None
+
+
 # -- a full disk ---------------------------------------------------------------------------------------------
 
 
@@ -336,19 +389,10 @@ def test_a_full_disk_at_the_first_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
 def test_a_full_disk_under_the_model_files(tmp_path, monkeypatch, sharded):
-    """save_pretrained raises OSError after gathering all weights: other ranks take part in each one."""
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 30_000 if sharded else 4 << 30)
     net, _ = new_run()
-    taken = []
-
-    def weights():
-        for name, tensor in net.named_parameters():
-            taken.append(name)
-            yield name, tensor
-
     with files_of_at_most(10_000), pytest.raises(OSError, match=r"(?i)file too large|os error 27"):
-        checkpoint.save_pretrained(tmp_path / "model", net.cfg, weights(), torch.float32, tmp_path)
-    assert taken == [name for name, _ in net.named_parameters()]
+        checkpoint.save_pretrained(tmp_path / "model", net.cfg, net.named_parameters(), torch.float32, tmp_path)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -190,12 +190,12 @@ def test_no_disk_space_at_a_checkpoint(tmp_path, tiny_dir, data):
         "import resource, signal, sys, train\n"
         "from minitau import checkpoint, log\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "write = checkpoint.save\n"
+        "begin = checkpoint.begin\n"
         "def save(run_dir, step, *args, **kwargs):\n"
         "    if step == 2:\n"  # the disk fills up after the first checkpoint
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
-        "    return write(run_dir, step, *args, **kwargs)\n"
-        "checkpoint.save = save\n"
+        "    return begin(run_dir, step, *args, **kwargs)\n"
+        "checkpoint.begin = save\n"
         f"sys.exit(log.run_script('train.py', train.main, {flags.split()!r}))\n"
     )
     done = warm.run("-c", code)

@@ -223,6 +223,13 @@ def test_a_full_disk_on_one_rank_stops_both(two):
         assert list((folder / f"full-{rank}" / "checkpoints").iterdir()) == []
 
 
+def test_a_rank_that_cannot_write_the_model_takes_what_the_others_give(two):
+    folder, first, second = two
+    assert first["lost model file"] == second["lost model file"]
+    assert "step 9 was not written (the disk went away)" in first["lost model file"]
+    assert list((folder / "lost" / "checkpoints").iterdir()) == []
+
+
 @pytest.mark.parametrize("max_norm", [1e-3, 1e3], ids=["clipped", "not clipped"])
 def test_a_fused_step_is_the_same_step(max_norm):
     """Scaling inside the optimizer, as on a GPU, against scaling before it."""

@@ -231,6 +231,17 @@ def test_sync_and_checkpoint_by_hand(monkeypatch):
     assert plan.sync(case("--gpus 2")).amount == pytest.approx(2 * PARAMETERS * (1 / 80e9 + 1 / 2 / 40e9))
     assert plan.sync(case("--gpus 8")).amount == pytest.approx(2 * PARAMETERS * (1 / 80e9 + 7 / 8 / 40e9))
     assert plan.saving(case("--save-every 5")).amount == pytest.approx(14 * PARAMETERS / 2e9 / 5)
+    assert plan.saving(case("--save-every 5"), beside=3.0).amount == pytest.approx((14 * PARAMETERS / 2e9 - 3.0) / 5)
+    assert plan.saving(case(), beside=1e6).amount == 0.0
+
+
+def test_a_checkpoint_is_written_beside_the_rollout(monkeypatch):
+    """With --ahead beside what is left of it after the training."""
+    monkeypatch.setattr(pace, "DISK", 1e6)  # slower than any rollout
+    for flags in ("--gpus 8", "--gpus 8 --engine-gpus 4,5,6,7 --ahead 1"):
+        parts = amounts(plan.step_parts(case(f"{flags} --save-every 1")))
+        beside = parts["rollout"] - ("ahead" in flags) * (parts["log-probabilities"] + parts["update"])
+        assert beside > 10 and parts["checkpoint"] == pytest.approx(14 * PARAMETERS / 1e6 - beside)
 
 
 def test_groups_without_a_difference_are_drawn_again():

@@ -82,3 +82,48 @@ def test_kill_and_resume(stage, tiny_dir, data, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), where
     start_weights = dict(checkpoint.read_safetensors(tiny_dir))
     assert any(not torch.equal(ours[name], start_weights[name]) for name in ours), "the run trained nothing"
+
+
+SLOW_DISK = """
+import os, signal, sys, threading, time, train
+from minitau import checkpoint, log, rollout
+write, collect, events = checkpoint.write, rollout.collect, []
+def slow(run_dir, step, fill, keep):
+    time.sleep(3)
+    place = write(run_dir, step, fill, keep)
+    events.append(f"wrote {step}")
+    return place
+def noted(*args, **kwargs):
+    events.append(f"plays {kwargs['label']}")
+    if INTERRUPT and "wrote 1" not in events and "plays step 1" in events[:-1]:
+        threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT]).start()
+    return collect(*args, **kwargs)
+checkpoint.write, rollout.collect = slow, noted
+status = log.run_script("train.py", train.main, FLAGS)
+print(*events, sep="\\n")
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("interrupt", [False, True], ids=["to its end", "ctrl-C in the rollout beside"])
+def test_a_slow_disk_holds_up_no_rollout_and_loses_nothing(tiny_dir, tmp_path, interrupt):
+    """The next batch is played while a checkpoint is written; the update waits for it, and so does ctrl-C."""
+    whole, slow = tmp_path / "whole", tmp_path / "slow"
+    flags = "--stage grpo --model {} --out {} --resume " + STAGES["grpo"][0].replace("every 2", "every 1")
+    flags = flags.replace("--steps 4", "--steps 2").replace("--max-new-tokens 16", "--max-new-tokens 48")
+    done = warm.run("train.py", *flags.format(tiny_dir, whole).split())
+    assert done.returncode == 0, done.stderr[-2000:]
+    code = f"FLAGS, INTERRUPT = {flags.format(tiny_dir, slow).split()!r}, {interrupt}\n{SLOW_DISK}"
+    done = warm.run("-c", code)
+    assert done.returncode == (130 if interrupt else 0), done.stderr[-2000:]
+    assert (slow / "checkpoints" / "step-000001").is_dir()
+    if interrupt:
+        assert len(metrics(slow)) == 1 and "interrupted" in done.stderr
+        again = warm.run("train.py", *flags.format(tiny_dir, slow).split())
+        assert again.returncode == 0 and "going on after step 1" in again.stdout
+    else:
+        events = done.stdout.split("\n")
+        assert events.index("plays step 2") < events.index("wrote 1")
+        seconds = json.loads(whole_lines(slow / "metrics.jsonl")[1])["seconds"]
+        assert seconds["checkpoint"] > 0.5, "the update waited"
+    assert metrics(slow) == metrics(whole)
