@@ -242,8 +242,8 @@ def begin(
     Until `finish`, neither weights nor optimizer may change. Raises CheckpointError for the one before.
     """
     finish()
+    weights = parallel.FullWeights(model).parts()
     shards = parallel.state_of(model, optimizer)
-    weights = list(model.named_parameters())
 
     def fill(folder: Path) -> None:
         parallel.save_state(folder / "state", shards)

@@ -33,8 +33,11 @@ MFU_FORWARD = 0.62  # of log-probabilities: benchmarks/whole_step.py, on two GPU
 DECODE = 0.98  # part of the bandwidth at which SGLang 0.5.16 reads weights and cache: 5.7k tokens/s, 64 at once of 4.7k
 PREFILL = 0.426  # part of the peak, for 2 FLOP a weight of the blocks: 58k tokens/s, same server (with decoding: 4.7k
 # output tokens/s at 512 in, 256 out)
-SHARED = 1.9  # times as long as alone takes a reply beside customers' servers on the same GPUs: 1.8 to 2.0 in six steps
-# of benchmarks/whole_step.py, by how long an episode waited for the policy and by its replies
+SHARED, LATENCY = (
+    2.4,
+    0.26,
+)  # beside customers' servers on the same GPUs a reply takes so many times as long as alone, and
+# so many seconds beside: by how long an episode waited for its replies in seven steps of benchmarks/whole_step.py
 SYNC = 8.04e9 / 0.067  # bytes/s to a server: benchmarks/engine.py, one GPU
 GATHER = 4.02e9 / 0.012  # bytes/s that a GPU gets of others' FSDP2 shards: the same, two GPUs with NVLink
 SEVERAL = 0.95  # of one GPU's speed where FSDP2 moves weights and gradients: benchmarks/trainer.py, two GPUs
@@ -107,18 +110,26 @@ def length(told: config.DryRun, turns: int) -> int:
 
 
 def reply_seconds(
-    shape: ModelConfig, gpu: Gpu, contexts: Sequence[int], told: config.DryRun, *, tp: int = 1, shared: bool = False
+    shape: ModelConfig,
+    gpu: Gpu,
+    contexts: Sequence[int],
+    told: config.DryRun,
+    *,
+    lost: float = 0.0,
+    tp: int = 1,
+    shared: bool = False,
 ) -> float:
     """Of one reply in each of the conversations of these lengths, on one engine: every token that is said reads all
-    weights and cache once, but of an embedding apart from the head its own row, and what was heard meets all blocks.
-    Over `tp` GPUs it is divided as if they had nothing to say to each other, which nobody has measured here. shared:
-    with customers on the same GPUs."""
+    weights and cache once, but of an embedding apart from the head its own row; what was heard meets all blocks, and so
+    does again the part of a conversation that the cache has lost. Over `tp` GPUs it is divided as if they had nothing to
+    say to each other, which nobody has measured here. shared: with customers on the same GPUs."""
     looked_up = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
     reads = HALF * (memory.parameters(shape) - looked_up) + sum(contexts) * cache_bytes(shape)
     blocks = shape.num_hidden_layers * memory.block_parameters(shape)
     prefill = tp * PREFILL * PEAK_FLOPS / (2 * blocks)  # tokens a second
     said = told.said_tokens * reads / (tp * DECODE * gpu.bandwidth)
-    return (said + len(contexts) * told.heard_tokens / prefill) * (SHARED if shared else 1)
+    alone = said + (len(contexts) * told.heard_tokens + lost * sum(contexts)) / prefill
+    return SHARED * alone + LATENCY if shared else alone
 
 
 def round_seconds(
@@ -129,34 +140,42 @@ def round_seconds(
     told: config.DryRun,
     rng: Random,
     *,
+    cache: float = math.inf,
+    openings: int = 1,
     tp: int = 1,
     shared: bool = False,
 ) -> float:
     """Of conversations of so many replies on one engine, at most `at_once` at a time, one starting where another ends,
     each at its own pace. A reply and the wait for its customer take longer or shorter than the mean as if each token
     could be the last (`vary`), so that the longest conversation, for which all wait, is one of long replies. A reply
-    goes on beside those of all who play, also of those whose customer has the word. (An opening is computed once and
-    then cached: too little to count.)"""
+    goes on beside those that others are given at that time.
+
+    cache: tokens that the engine keeps, of all who play and of so many different openings; of what is more, each has
+    lost its share. (An opening is computed once: too little to count.)"""
     waiting, now = list(turns), 0.0
     playing: list[tuple[float, int, int, int]] = []  # when its turn ends, its number, replies done by then, and in all
     lengths: dict[int, int] = {}  # tokens of those who play, by number
+    answered: dict[int, float] = {}  # when each one's reply is there
     while waiting or playing:
         asking: list[tuple[int, int, int]] = []
         while waiting and len(lengths) < at_once:
             number = len(waiting)
-            lengths[number] = length(told, 0)
+            lengths[number], answered[number] = length(told, 0), math.inf
             asking.append((number, 0, waiting.pop(0)))
         if not asking:
             now, number, done, of = heapq.heappop(playing)
             if done == of:
-                del lengths[number]
+                del lengths[number], answered[number]
                 continue
-            lengths[number] = length(told, done)
+            lengths[number], answered[number] = length(told, done), math.inf
             asking = [(number, done, of)]
         for number, done, of in asking:
-            reply = reply_seconds(shape, gpu, list(lengths.values()), told, tp=tp, shared=shared)
-            turn = reply * vary(rng) + told.user_seconds * vary(rng)
-            heapq.heappush(playing, (now + turn, number, done + 1, of))
+            beside = [lengths[other] for other, until in answered.items() if until > now]
+            again = max(0, len(lengths) - openings) * told.opening_tokens  # what is cached once for several
+            lost = max(0.0, 1 - cache / (sum(lengths.values()) - again))
+            reply = reply_seconds(shape, gpu, beside, told, lost=lost, tp=tp, shared=shared) * vary(rng)
+            answered[number] = now + reply
+            heapq.heappush(playing, (now + reply + told.user_seconds * vary(rng), number, done + 1, of))
     return now
 
 

@@ -53,39 +53,31 @@ def most_turns(cfg: Any) -> float:
 
 
 def at_once(case: Case, conversations: int) -> int:
-    """Conversations that one engine serves at a time: what --concurrency allows and the cache has room for. Openings
-    are in it once a domain."""
-    cfg, told = case.cfg, case.told
-    allowed = min(cfg.concurrency, math.ceil(conversations / case.ranks)) * math.ceil(case.ranks / case.engines)
-    openings = told.opening_tokens * len(cfg.domains)
-    tokens = tokens_in(case, engine(case)[1].amount) - openings
-    room = int(tokens // (pace.length(told, told.turns) - told.opening_tokens))
-    return max(1, min(allowed, room))
+    """Conversations that one engine serves at a time: what --concurrency allows."""
+    allowed = min(case.cfg.concurrency, math.ceil(conversations / case.ranks))
+    return allowed * math.ceil(case.ranks / case.engines)
 
 
 def rollout(case: Case, rounds: Sequence[int], attempts: int) -> Part:
     """Rounds of so many tasks, one after the other; each takes as long as the engine that takes longest, on the mean of
     so many DRAWS of who plays where and how long replies are."""
     engines, seconds, rng = case.engines, 0.0, Random(0)
+    cache, openings = tokens_in(case, engine(case)[1].amount), len(case.cfg.domains)
     engine_is = {"tp": case.tp, "shared": case.customers and case.guest}
 
     def slowest(turns: Sequence[int]) -> float:
         most, shuffled = at_once(case, len(turns)), rng.sample(turns, len(turns))
         shares = (shuffled[i::engines] for i in range(engines))
-        return max(
-            pace.round_seconds(case.shape, case.gpu, share, most, case.told, rng, **engine_is) for share in shares
-        )
+        has = {"cache": cache, "openings": openings, **engine_is}
+        return max(pace.round_seconds(case.shape, case.gpu, share, most, case.told, rng, **has) for share in shares)
 
     for tasks in rounds:
         turns = pace.turns_of(tasks * attempts, case.told.turns, longest(case))
         seconds += fmean(slowest(turns) for _ in range(DRAWS))
-    most, told = at_once(case, rounds[0] * attempts), case.told
-    whole = pace.length(told, told.turns)
     over = f" over {case.tp} GPUs, as if they had nothing to say to each other" if case.tp > 1 else ""
-    turn = pace.reply_seconds(case.shape, case.gpu, [whole] * most, told, **engine_is) + told.user_seconds
     how = (
-        f"{' + '.join(map(str, rounds))} tasks x {attempts}, {many(engines, 'engine')}{over}, {most} at once on each, "
-        f"{longest(case)} turns at most; a turn {turn:.2f} s on average at {whole:,} tokens"
+        f"{' + '.join(map(str, rounds))} tasks x {attempts}, {many(engines, 'engine')}{over}, "
+        f"{at_once(case, rounds[0] * attempts)} at once on each, {longest(case)} turns at most"
     )
     return Part("rollout", seconds, how)
 
