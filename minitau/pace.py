@@ -120,9 +120,9 @@ def reply_seconds(
     shared: bool = False,
 ) -> float:
     """Of one reply in each of the conversations of these lengths, on one engine: every token that is said reads all
-    weights and cache once, but of an embedding apart from the head its own row; what was heard meets all blocks, and so
-    does again the part of a conversation that the cache has lost. Over `tp` GPUs it is divided as if they had nothing to
-    say to each other, which nobody has measured here. shared: with customers on the same GPUs."""
+    weights and cache once, but of an embedding apart from the head its own row; what was heard meets all blocks, and
+    again the part of each conversation that the cache has `lost`. Over `tp` GPUs it is divided as if they had nothing
+    to say to each other, which nobody has measured here. shared: with customers on the same GPUs."""
     looked_up = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
     reads = HALF * (memory.parameters(shape) - looked_up) + sum(contexts) * cache_bytes(shape)
     blocks = shape.num_hidden_layers * memory.block_parameters(shape)

@@ -184,7 +184,8 @@ def test_a_reply_goes_on_beside_those_that_others_are_given(round_rates, monkeyp
     slow = dataclasses.replace(told, user_seconds=1e6)
     assert pace.round_seconds(SMALL, gpu, [1, 1], 2, slow, random.Random(0)) == pytest.approx(both + 1e6)
     later = pace.reply_seconds(SMALL, gpu, [27], told)
-    monkeypatch.setattr(pace, "vary", lambda rng, numbers=iter([1, 1, 1, 2, 1, 1, 1, 1]): next(numbers))
+    numbers = iter([1, 1, 1, 2, 1, 1, 1, 1])
+    monkeypatch.setattr(pace, "vary", lambda rng: next(numbers))
     # Two at once, then each of them alone: the first after 1e6 s, the other after twice that.
     assert pace.round_seconds(SMALL, gpu, [2, 2], 2, slow, random.Random(0)) == pytest.approx(both + 2e6 + later + 1e6)
 
@@ -209,9 +210,9 @@ def test_all_wait_for_the_conversation_that_takes_longest(monkeypatch):
 
 
 # benchmarks/whole_step.py on two H200, by step. 3306a11: replies of up to 4096 tokens, some conversations were lost in
-# them; 3aaf8b6 and, with 100 messages, 4fafac6: no reply over 512, nor a customer's over 256. Limit on messages; tokens of an
-# opening, replies, tokens said and heard a reply, seconds of a customer; seconds that an episode waited for the policy, of
-# the rollout, of log-probabilities and of the update (a first step's are mostly compilation).
+# them; 3aaf8b6 and, with 100 messages, 4fafac6: no reply over 512, nor a customer's over 256. Limit on messages; tokens
+# of an opening, replies, tokens said and heard a reply, seconds of a customer; seconds that an episode waited for the
+# policy, of the rollout, of log-probabilities and of the update (a first step's are mostly compilation).
 WHOLE_STEPS = [
     (30, 5643, 15.0, 48, 85, 0.96, 12.6, None, None, None),
     (30, 5643, 15.0, 65, 87, 0.97, 17.5, None, 3.7, 16.7),
