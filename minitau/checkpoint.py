@@ -3,8 +3,8 @@
 A checkpoint is one folder, `RUN/checkpoints/step-000010/`, with `state.json` (step, curriculum,
 whatever else the stage keeps), `state/` (fp32 weights and optimizer, a shard a rank) and `model/`
 (a Hugging Face directory that eval.py, transformers and SGLang load). It is written beside its
-place under another name and renamed when whole, so a crash leaves the previous one as it was; and by a thread, so that
-what does not change the weights, as a rollout, goes on meanwhile.
+place under another name and renamed when whole, so a crash leaves the previous one as it was; and by
+a thread, so that what does not change the weights, a rollout, goes on meanwhile.
 No random state is kept because there is none: every draw is seeded by (seed, step, task, sample).
 """
 

@@ -33,11 +33,8 @@ MFU_FORWARD = 0.62  # of log-probabilities: benchmarks/whole_step.py, on two GPU
 DECODE = 0.98  # part of the bandwidth at which SGLang 0.5.16 reads weights and cache: 5.7k tokens/s, 64 at once of 4.7k
 PREFILL = 0.426  # part of the peak, for 2 FLOP a weight of the blocks: 58k tokens/s, same server (with decoding: 4.7k
 # output tokens/s at 512 in, 256 out)
-SHARED, LATENCY = (
-    2.4,
-    0.26,
-)  # beside customers' servers on the same GPUs a reply takes so many times as long as alone, and
-# so many seconds beside: by how long an episode waited for its replies in seven steps of benchmarks/whole_step.py
+SHARED = 2.4  # times as long as alone takes a reply beside customers' servers on the same GPUs, and
+LATENCY = 0.26  # seconds more: by how long an episode waited for its replies in seven steps of benchmarks/whole_step.py
 SYNC = 8.04e9 / 0.067  # bytes/s to a server: benchmarks/engine.py, one GPU
 GATHER = 4.02e9 / 0.012  # bytes/s that a GPU gets of others' FSDP2 shards: the same, two GPUs with NVLink
 SEVERAL = 0.95  # of one GPU's speed where FSDP2 moves weights and gradients: benchmarks/trainer.py, two GPUs
