@@ -138,8 +138,8 @@ def tokens_in(case: Case, cache: float) -> float:
 
 
 def sharded(case: Case) -> float:
-    """Bytes of fp32 weights on a rank when training begins: the model, and the reference that KL needs."""
-    return (1 + case.reference) * MASTER * memory.parameters(case.shape) / case.ranks
+    """Bytes of weights on a rank when training begins: the model's, and those of the reference that KL needs."""
+    return (MASTER + HALF * case.reference) * memory.parameters(case.shape) / case.ranks
 
 
 def resting(case: Case) -> list[Part]:
@@ -150,8 +150,8 @@ def resting(case: Case) -> list[Part]:
         Part("optimizer", needs.optimizer, f"{ADAM} bytes x {count_of(case.shape)}{of}"),
     ]
     if case.reference:
-        how = f"for --kl: {MASTER} bytes x {count_of(case.shape)}{of}"
-        parts.append(Part("reference", MASTER * memory.parameters(case.shape) / case.ranks, how))
+        how = f"for --kl: {HALF} bytes x {count_of(case.shape)}{of}"
+        parts.append(Part("reference", HALF * memory.parameters(case.shape) / case.ranks, how))
     return parts
 
 

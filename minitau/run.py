@@ -90,8 +90,9 @@ def claim_run_dir(out: str, resume: bool, settings: dict) -> None:
 
 
 def open_reference(cfg: config.Training) -> Qwen3:
-    """The starting model, frozen: what KL holds the policy to."""
-    model = checkpoint.load_model(cfg.model)
+    """The starting model, frozen: what KL holds the policy to. Nothing is ever added to it, so that it can be kept in
+    the dtype in which it is used."""
+    model = checkpoint.load_model(cfg.model).to(getattr(torch, cfg.dtype))
     spread(model, cfg)
     return model.requires_grad_(False)
 

@@ -73,6 +73,16 @@ def new_reference(**shape) -> torch.nn.Module:
     return model.requires_grad_(False)
 
 
+def scores_in_bf16(held: torch.dtype) -> torch.Tensor:
+    """What a reference whose weights are kept in `held` makes of this rank's samples, computed in bf16."""
+    model = small_model(1).to(held)
+    model.dtype = torch.bfloat16
+    parallel.shard(model, model.model.layers, torch.bfloat16)
+    cfg = dataclasses.replace(CFG, dtype="bfloat16")
+    found = [train.score(model, mb, cfg, "reference_N").reference_N for mb in batches_of(samples_of())]
+    return torch.cat(found)
+
+
 def gradients_of(run: runs.Run, reference, samples) -> dict[str, torch.Tensor]:
     """The whole gradients of the GRPO loss of a batch, on every rank."""
     run.optimizer.zero_grad()
@@ -232,6 +242,7 @@ def main(folder: Path) -> None:
     for mb in mbs:
         train.score(run.model, mb, cfg, "old_N")
     found["after scoring"] = weights_of(run.model)
+    found["scores"] = {held: scores_in_bf16(held) for held in (torch.float32, torch.bfloat16)}
     found["buckets"] = {size: bucketed(run.model, size) for size in BUCKETS}
 
     found["lost model file"] = lost_model_file(folder / "lost")

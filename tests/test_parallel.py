@@ -202,6 +202,15 @@ def test_whole_weights_after_a_forward_without_backward(two):
         assert_same(found["after scoring"], expected)
 
 
+def test_a_reference_that_is_kept_in_bf16_scores_the_same(two):
+    """To the last bit: weights that do not change may be rounded once as well as each time."""
+    _, *both = two
+    for found in both:
+        rounded_each_time, rounded_once = found["scores"].values()
+        assert torch.equal(rounded_each_time, rounded_once) and rounded_once.std() > 0
+    assert torch.equal(ranks.scores_in_bf16(torch.float32), ranks.scores_in_bf16(torch.bfloat16))
+
+
 @pytest.mark.parametrize("size", ranks.BUCKETS)
 def test_shards_are_gathered_in_the_bucket_and_take_no_other_memory(two, size):
     """97 rows of an embedding do not split evenly; the room for the rest counts as the bucket's."""

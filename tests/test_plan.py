@@ -307,8 +307,8 @@ def test_what_is_divided_among_ranks():
     for gpus in (1, 8):
         parts = amounts(budget.memory_parts(case(f"--gpus {gpus}")))
         assert parts["weights"] == 4 * PARAMETERS // gpus and parts["optimizer"] == 8 * PARAMETERS // gpus
-    assert parts["reference"] == 4 * PARAMETERS / 8
-    assert amounts(budget.memory_parts(case("--gpus 1")))["reference"] == 4 * PARAMETERS
+    assert parts["reference"] == 2 * PARAMETERS / 8
+    assert amounts(budget.memory_parts(case("--gpus 1")))["reference"] == 2 * PARAMETERS
     assert "reference" not in amounts(budget.memory_parts(case("--kl 0")))
 
 
