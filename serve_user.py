@@ -1,6 +1,6 @@
 """The customer's side of tau2-bench, served from a model of one's own behind an OpenAI endpoint.
 
-    python serve_user.py --model MODEL --port 30001                  SGLang, on GPUs
+    python serve_user.py --model MODEL --port 30001                  SGLang, a server on each GPU
     python serve_user.py --model MODEL --port 30001 --engine local   this process, also on a CPU
 
 tau2's user simulator reaches it through litellm, tools included. It listens on loopback only: it
@@ -14,11 +14,14 @@ import contextlib
 import json
 import math
 import os
+import queue
 import random
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -150,6 +153,7 @@ def make_server(cfg: config.Server, chat: Chat, engine: Engine) -> ThreadingHTTP
 
 def serve_local(cfg: config.Server) -> None:
     """Serve from this process until ctrl-C. Raises BadInput."""
+    require_free(cfg.port)
     chat = open_chat(cfg.model, "native")
     model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype)).requires_grad_(False)
     chat.check_vocabulary(model.cfg.vocab_size)
@@ -158,40 +162,93 @@ def serve_local(cfg: config.Server) -> None:
         server = make_server(cfg, chat, engine)
     except (OSError, OverflowError) as error:
         raise BadInput(f"port {cfg.port}: {error}; choose another --port") from None
-    say_ready(cfg, server.server_port)
+    say_ready(cfg, [server.server_port])
     with contextlib.suppress(KeyboardInterrupt):  # the way to end it
         server.serve_forever()
     engine.close()  # after the step that it is in: the interpreter must not end under it
 
 
 def serve_sglang(cfg: config.Server) -> None:
-    """Start SGLang, say when it is ready, and start it again when it dies, until ctrl-C.
+    """Keep a server of SGLang up on each GPU, or on every --tp of them, until ctrl-C, and say when all are ready.
 
-    Raises BadInput if it cannot be started as asked, EngineError if it does not start at all, or died too often in a
-    row: a start that fails is a death, but for the first.
+    Each is an address of its own, because a conversation must go on where it is cached: SGLang's own --dp-size sends
+    every request to the next copy, which then has to read again what the last one has read.
+
+    Raises BadInput if they cannot be started as asked, EngineError if one does not start at all, or died too often.
     """
-    server = Server(
-        lambda port: sglang_command(cfg, port),
-        Path(cfg.log),
-        "SGLang",
-        environment={**ENVIRONMENT, **visible(cfg.gpus)},
-        port=cfg.port,
-    )
+    servers = copies_of_sglang(cfg)
+    news: queue.Queue[tuple[Server, Exception | None]] = queue.Queue()
+    ending = threading.Event()
+    for server in servers:
+        how = {"timeout": cfg.engine_timeout, "shown": server is servers[0], "news": news, "ending": ending}
+        threading.Thread(target=keep_up, args=(server,), kwargs=how, daemon=True).start()
+    ready = set()
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                server, error = news.get()
+                if error:
+                    raise error
+                ready.add(server)
+                if len(ready) == len(servers):
+                    say_ready(cfg, [each.port for each in servers])
+    finally:
+        ending.set()
+        with ThreadPoolExecutor(len(servers)) as pool:
+            list(pool.map(lambda server: server.close(), servers))
+
+
+def copies_of_sglang(cfg: config.Server) -> list[Server]:
+    """A server for each copy of the model, not started yet. Raises BadInput."""
+    log, groups, servers = Path(cfg.log), gpu_groups(cfg), []
+    for number, gpus in enumerate(groups):
+        port = cfg.port and cfg.port + number
+        require_free(port)
+        one = len(groups) == 1
+        servers.append(
+            Server(
+                lambda port: sglang_command(cfg, port),
+                log if one else log.with_stem(f"{log.stem}-{number}"),
+                "SGLang" if one else f"SGLang on GPU {','.join(gpus)}",
+                environment={**ENVIRONMENT, **visible(gpus)},
+                port=port,
+            )
+        )
+    return servers
+
+
+def keep_up(
+    server: Server,
+    *,
+    timeout: float,
+    shown: bool,
+    news: queue.Queue[tuple[Server, Exception | None]],
+    ending: threading.Event,
+) -> None:
+    """Start `server`, and start it again when it dies, until `ending`.
+
+    Each time that it is ready goes to `news`, and at last why it is given up: a start that fails is a death, but for
+    the first, which is the end.
+    """
     deaths = 0
-    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(server):
-        while True:
+    try:
+        while not ending.is_set():
             try:
-                server.start(cfg.engine_timeout)
-                say_ready(cfg, server.port)
+                server.start(timeout, shown=shown and not deaths)
+                news.put((server, None))
                 watch(server)
             except EngineError:
                 if not deaths:
                     raise
-            deaths = 1 if server.age() > LONG_LIFE + cfg.engine_timeout else deaths + 1
+            if ending.is_set():
+                return
+            deaths = 1 if server.age() > LONG_LIFE + timeout else deaths + 1
             if deaths == DEATHS:
-                raise EngineError(f"SGLang died {deaths} times in a row; {server.last_words()}")
-            print(f"SGLang is lost and is started again; {server.last_words()}", flush=True)
+                raise EngineError(f"{server.name} died {deaths} times in a row; {server.last_words()}")
+            print(f"{server.name} is lost and is started again; {server.last_words()}", flush=True)
             server.close()
+    except Exception as error:
+        news.put((server, error))
 
 
 def watch(server: Server) -> None:
@@ -216,12 +273,16 @@ def visible(gpus: Sequence[str]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(names[int(gpu)] if names else gpu for gpu in gpus)}
 
 
+def gpu_groups(cfg: config.Server) -> list[Sequence[str]]:
+    """The GPUs of each copy of the model; one copy on none where there is none. Raises BadInput."""
+    gpus = cfg.gpus or tuple(map(str, range(torch.cuda.device_count())))
+    if len(gpus) % cfg.tp:
+        raise BadInput(f"--tp {cfg.tp} does not divide {len(gpus)} GPUs; name others with --gpus")
+    return [gpus[i : i + cfg.tp] for i in range(0, len(gpus), cfg.tp)] or [()]
+
+
 def sglang_command(cfg: config.Server, port: int) -> list[str]:
     """How SGLang is started on `port`. Raises BadInput."""
-    gpus = len(cfg.gpus) or torch.cuda.device_count() or cfg.tp
-    copies, rest = divmod(gpus, cfg.tp)
-    if rest:
-        raise BadInput(f"--tp {cfg.tp} does not divide {gpus} GPUs; name others with --gpus")
     flags = {
         "--model-path": cfg.model,
         "--served-model-name": NAME,
@@ -229,7 +290,6 @@ def sglang_command(cfg: config.Server, port: int) -> list[str]:
         "--port": port,
         "--dtype": cfg.dtype,
         "--tp-size": cfg.tp,
-        "--dp-size": copies,
         "--mem-fraction-static": cfg.mem_fraction,
         "--context-length": cfg.max_tokens,
         "--max-running-requests": cfg.concurrency,
@@ -238,11 +298,17 @@ def sglang_command(cfg: config.Server, port: int) -> list[str]:
     return command_line(cfg.engine_command, flags, [])
 
 
-def say_ready(cfg: config.Server, port: int) -> None:
+def require_free(port: int) -> None:
+    """Raise BadInput for a port that is taken, before anything slow."""
+    if port_is_taken(port):
+        raise BadInput(f"port {port} is taken; choose another --port, or 0 for any that is free")
+
+
+def say_ready(cfg: config.Server, ports: Sequence[int]) -> None:
     """Say that it is ready, and what to paste where train.py and eval.py are called."""
     print(f"serving {cfg.model}; for train.py and eval.py", flush=True)
     print(f"export TAU2_USER_MODEL=openai/{NAME}", flush=True)
-    print(f"export TAU2_USER_API_BASE=http://{HOST}:{port}/v1", flush=True)
+    print(f"export TAU2_USER_API_BASE={','.join(f'http://{HOST}:{port}/v1' for port in ports)}", flush=True)
 
 
 def main(argv: list[str]) -> None:
@@ -250,8 +316,6 @@ def main(argv: list[str]) -> None:
     if not cfg.model:
         raise BadInput("--model is needed")
     checkpoint.read_config(cfg.model)  # before anything slow
-    if port_is_taken(cfg.port):
-        raise BadInput(f"port {cfg.port} is taken; choose another --port, or 0 for any that is free")
     {"sglang": serve_sglang, "local": serve_local}[cfg.engine](cfg)
 
 

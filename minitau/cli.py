@@ -190,10 +190,11 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
             raise BadInput(f"--{name} is {values[name]}; it must be at least 0 and under 1")
     if len(set(values.get("domains", ()))) < len(values.get("domains", ())):
         raise BadInput(f"--domains {','.join(values['domains'])}: a domain is named twice")
-    if {"@", "?"} & set(values.get("user_api_base", "")):
+    addresses = values.get("user_api_base", "")
+    if {"@", "?"} & set(addresses):
         raise BadInput("--user-api-base may hold a key, which would stand in logs; put it into OPENAI_API_KEY")
-    if (address := values.get("user_api_base")) and not address.startswith(("http://", "https://")):
-        raise BadInput(f"--user-api-base {address}: http://HOST:PORT/v1 is needed, or https")
+    if addresses and not all(each.startswith(("http://", "https://")) for each in addresses.split(",")):
+        raise BadInput(f"--user-api-base {addresses}: http://HOST:PORT/v1 is needed, or https; commas between several")
     if values.get("policy") and values["env"] != "tau2":
         raise BadInput("--policy is for --env tau2; courier's policies are part of its tasks")
     if values.get("agent") == "flawed" and values["env"] == "tau2":

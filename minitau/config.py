@@ -74,7 +74,8 @@ class Episodes:
     )
     user_api_base: str = setting(
         "http://127.0.0.1:30001/v1",
-        "tau2: the customer's OpenAI-compatible endpoint; '' for the provider's own",
+        "tau2: the customer's OpenAI-compatible endpoint, or several with commas between, to each of which go as many "
+        "conversations; '' for the provider's own",
         variable="TAU2_USER_API_BASE",
     )
     user_temperature: float = setting(0.7, "tau2: the customer's temperature", variable="TAU2_USER_TEMPERATURE")
@@ -248,7 +249,7 @@ class Evaluation(Episodes):
         variable="TAU2_USER_MODEL",
     )
     user_api_base: str = setting(
-        "", "tau2: the customer's endpoint, if not the provider's own", variable="TAU2_USER_API_BASE"
+        "", "tau2: the customer's endpoint or endpoints, if not the provider's own", variable="TAU2_USER_API_BASE"
     )
     user_max_tokens: int = setting(0, "tau2: tokens of one reply of the customer's at most; 0, as in tau2: no limit")
 
@@ -301,7 +302,9 @@ class Server:
     engine: str = setting("sglang", "what samples from the model: SGLang, or this process", ("sglang", "local"))
     port: int = setting(30001, "on 127.0.0.1; 0 takes any that is free")
     gpus: tuple[str, ...] = setting((), "sglang: which GPUs, by number; those that are visible if empty")
-    tp: int = setting(1, "sglang: GPUs that one copy of the model is spread over; the others hold further copies")
+    tp: int = setting(
+        1, "sglang: GPUs that one copy of the model is spread over; each copy has a port of its own, from --port on"
+    )
     mem_fraction: float = setting(
         0.85, "sglang: part to take of what is free on a GPU at the start; small beside a trainer"
     )
@@ -309,7 +312,7 @@ class Server:
         "", "sglang: how it is started, with more of its flags if wanted; '' is this Python's sglang.launch_server"
     )
     engine_timeout: float = setting(600.0, "sglang: seconds until a start counts as never coming")
-    log: str = setting("outputs/serve_user.log", "sglang: file that its log is appended to")
+    log: str = setting("outputs/serve_user.log", "sglang: file to append its log to; of several copies each has one")
     dtype: str = setting("bfloat16", "of the weights", ("float32", "bfloat16"))
     temperature: float = setting(0.7, "local: where a request names none")
     max_new_tokens: int = setting(256, "local: tokens of one reply, where a request names no limit")

@@ -32,7 +32,7 @@ from minitau.episode import EngineError, Sampling
 from minitau.model import init_weights
 
 IGNORED = ("--mem-fraction-static", "--base-gpu-id", "--random-seed", "--max-running-requests")
-IGNORED += ("--dp-size", "--served-model-name", "--tool-call-parser")
+IGNORED += ("--served-model-name", "--tool-call-parser")
 
 
 class Fake:

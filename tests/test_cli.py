@@ -259,6 +259,8 @@ def test_tau2_that_is_not_there(tmp_path, tiny_dir):
         ("steps", 0, "at least 1"),
         ("seed", 10**20, "fit 64 bits"),
         ("user_api_base", "127.0.0.1:30001/v1", "http://HOST:PORT/v1 is needed"),
+        ("user_api_base", "http://a:1/v1,b:1/v1", "commas between several"),
+        ("user_api_base", "http://a:1/v1,", "commas between several"),
         ("user_model", "", "must not be empty"),
     ],
 )

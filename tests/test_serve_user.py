@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -316,7 +316,7 @@ def test_litellm_speaks_to_it(base, chat):
         litellm.completion(**{**options, "messages": [{"role": "robot", "content": "x"}]}, api_base=f"{base}/v1")
 
 
-def test_sglang_is_served_until_it_is_interrupted_and_started_again_when_it_dies(tiny_dir, tmp_path):
+def test_a_server_a_gpu_is_kept_up_until_it_is_interrupted(tiny_dir, tmp_path):
     log = tmp_path / "log"
     command = [sys.executable, "serve_user.py", "--model", str(tiny_dir), "--port", "0", "--log", str(log)]
     with open(tmp_path / "said", "w+") as said, ExitStack() as at_the_end:
@@ -326,41 +326,62 @@ def test_sglang_is_served_until_it_is_interrupted_and_started_again_when_it_dies
         )  # fmt: skip
         at_the_end.callback(process.kill)  # also when the test fails
 
-        def urls(n):
-            """The first n addresses that it said to be ready."""
+        def bases(n):
+            """The addresses that it said to be ready for the n-th time."""
             deadline = time.monotonic() + 90
             while time.monotonic() < deadline and process.poll() is None:
                 text = (tmp_path / "said").read_text()
                 found = [line.split("=")[1] for line in text.splitlines() if "TAU2_USER_API_BASE=" in line]
                 if len(found) == n:
-                    return found
+                    return found[-1].split(",")
                 time.sleep(0.1)
             raise AssertionError((tmp_path / "said").read_text())
 
-        (first,) = urls(1)
-        assert ask(first.replace("/v1", "/model_info"))[0] == 200
-        words = log.read_text()
-        assert "--served-model-name minitau-user" in words and "--tool-call-parser qwen" in words
-        assert "--tp-size 1 --dp-size 2 --mem-fraction-static 0.2" in words
-        os.kill(next(int(pid) for pid in children(children(process.pid)[0])), signal.SIGKILL)
-        again = urls(2)[1]
-        assert ask(again.replace("/v1", "/model_info"))[0] == 200
+        def alive(base):
+            return ask(base.replace("/v1", "/model_info"))[0] == 200
+
+        first = bases(1)
+        assert len(set(first)) == 2 and all(map(alive, first))
+        for i in (0, 1):
+            words = (tmp_path / f"log-{i}").read_text()
+            assert "--served-model-name minitau-user" in words and "--tool-call-parser qwen" in words
+            assert "--tp-size 1 --mem-fraction-static 0.2" in words
+        port = first[1].split(":")[-1].removesuffix("/v1")
+        keeper = next(pid for pid in children(process.pid) if f"--port {port} " in command_of(pid))
+        os.kill(children(keeper)[0], signal.SIGKILL)
+        again = bases(2)
+        assert again[0] == first[0] and all(map(alive, again))
+        assert "SGLang on GPU 3 is lost and is started again" in (tmp_path / "said").read_text()
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
-        with pytest.raises(OSError):
-            ask(again.replace("/v1", "/model_info"))
+        for base in again:
+            with pytest.raises(OSError):
+                alive(base)
 
 
-def sglang_that(starts):
+class ServerThat:
     """A server that starts or not, each time as it is told, and dies at once."""
-    coming = iter(starts)
 
-    def start(timeout):
-        if not next(coming):
+    port, name = 1, "SGLang"
+
+    def __init__(self, starts):
+        self.coming = iter(starts)
+
+    def start(self, timeout, shown):
+        if not next(self.coming):
             raise EngineError("not healthy")
 
-    about = {"age": lambda: 0.0, "alive": lambda: False, "last_words": lambda: "the end of a log"}
-    return SimpleNamespace(port=1, start=start, close=lambda: None, **about)
+    def alive(self):
+        return False
+
+    def age(self):
+        return 0.0
+
+    def last_words(self):
+        return "the end of a log"
+
+    def close(self):
+        self.closed = True
 
 
 @pytest.mark.parametrize(
@@ -368,26 +389,62 @@ def sglang_that(starts):
     [([False], "not healthy"), ([True, False, True], "died 3 times"), ([True, False, False], "died 3 times")],
 )
 def test_a_start_that_fails_is_a_death_but_for_the_first(monkeypatch, capsys, starts, said):
-    monkeypatch.setattr(serve_user, "Server", lambda *_, **__: sglang_that(starts))
+    server = ServerThat(starts)
+    monkeypatch.setattr(serve_user, "Server", lambda *_, **__: server)
     with pytest.raises(EngineError, match=said):
         serve_user.serve_sglang(config.Server(model="m"))
     assert capsys.readouterr().out.count("TAU2_USER_API_BASE") == sum(starts)
+    assert server.closed
+
+
+def test_one_that_does_not_start_ends_all(monkeypatch, capsys):
+    """The others may take minutes to start: nobody waits for them."""
+    waits = threading.Event()
+
+    class Slow(ServerThat):
+        def start(self, timeout, shown):
+            assert waits.wait(30)
+
+        def close(self):
+            waits.set()
+
+    servers = iter([Slow([]), ServerThat([False])])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(serve_user, "Server", lambda *_, **__: next(servers))
+    with pytest.raises(EngineError, match="not healthy"):
+        serve_user.serve_sglang(config.Server(model="m", port=0))
+    assert waits.is_set() and "TAU2_USER_API_BASE" not in capsys.readouterr().out
 
 
 def test_it_takes_the_gpus_that_are_visible(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
 
     def copies(**settings):
-        command = " ".join(serve_user.sglang_command(config.Server(model="m", engine_command="sgl", **settings), 1))
-        return command[command.index("--tp-size") :].split(" --mem")[0]
+        servers = serve_user.copies_of_sglang(config.Server(model="m", engine_command="sgl", port=30500, **settings))
+        return {server.wanted_port: server.environment["CUDA_VISIBLE_DEVICES"] for server in servers}
 
-    assert copies() == "--tp-size 1 --dp-size 4"
-    assert copies(tp=2) == "--tp-size 2 --dp-size 2"
-    assert copies(gpus=("1",)) == "--tp-size 1 --dp-size 1"
+    assert copies() == {30500: "4", 30501: "5", 30502: "6", 30503: "7"}
+    assert copies(tp=2) == {30500: "4,5", 30501: "6,7"}
+    assert copies(gpus=("1",)) == {30500: "5"}
     with pytest.raises(BadInput, match="--tp 3 does not divide 4 GPUs"):
         copies(tp=3)
+    with pytest.raises(BadInput, match="--gpus 4: there are 4 GPUs here, numbered from 0"):
+        copies(gpus=("0", "4"))
+
+
+def test_every_port_must_be_free(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    taken = int(base.rsplit(":", 1)[1])
+    with pytest.raises(BadInput, match=f"port {taken} is taken; choose another --port"):
+        serve_user.copies_of_sglang(config.Server(model="m", port=taken - 1))
 
 
 def children(pid):
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [int(each) for each in file.read().split()]
+    """Of all its threads."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(each) for file in files for each in file.read_text().split()]
+
+
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")

@@ -171,6 +171,20 @@ def test_requests_at_once_have_a_connection_each(world):
     served.server.shutdown()
 
 
+def test_of_several_endpoints_each_episode_keeps_to_one(world):
+    """That one has the conversation cached; and each has as many."""
+    served = [Customer(*["Go on."] * 9) for _ in range(2)]
+    tau2 = Tau2(user_model="openai/customer", user_api_base=",".join(each.url for each in served))
+    for number, took in enumerate([(3, 0), (3, 3), (6, 3)]):
+        env = tau2.env()
+        env.reset(MOCK, str(number))
+        for _ in range(2):
+            env.step(Action(text="Well?"))
+        assert tuple(len(each.requests) for each in served) == took
+    for each in served:
+        each.server.shutdown()
+
+
 def test_without_litellms_switch_it_still_works(play, monkeypatch):
     """Then litellm wants a client of the openai package, and gets none from us."""
     monkeypatch.setenv("EXPERIMENTAL_OPENAI_BASE_LLM_HTTP_HANDLER", "False")

@@ -8,7 +8,7 @@ from test_cli import refused
 
 import eval as evaluation
 import train
-from minitau import cli, config
+from minitau import cli, config, parallel
 from minitau.envs import open_world
 from minitau.envs.tau2 import Tau2, read_policies
 from minitau.episode import BadInput
@@ -119,6 +119,15 @@ def test_a_run_records_what_it_used(world, tmp_path, monkeypatch):
 def test_a_password_does_not_belong_into_an_address(capsys):
     line = refused(capsys, train.main, *GRPO, "--env", "tau2", "--user-api-base", "http://me:secret@host/v1")
     assert "OPENAI_API_KEY" in line and "secret" not in line
+
+
+def test_each_rank_begins_with_another_endpoint(world, monkeypatch):
+    addresses = [f"http://127.0.0.1:{port}/v1" for port in (1, 2, 3)]
+    cfg = evaluate("--env", "tau2", "--user-api-base", ",".join(addresses))
+    for rank in range(4):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        asked = open_world(cfg).user_api_bases
+        assert [next(asked) for _ in range(4)] == [addresses[(rank + i) % 3] for i in range(4)]
 
 
 # --- --policy ---

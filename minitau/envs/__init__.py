@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from minitau import parallel
 from minitau.episode import World
 
 
@@ -18,12 +19,19 @@ def open_world(cfg: Any) -> World:
     scripted = getattr(cfg, "agent", "policy") != "policy"  # then nobody needs what asking a model needs
     return Tau2(
         user_model=None if scripted else cfg.user_model,
-        user_api_base=cfg.user_api_base or None,
+        user_api_base=addresses(cfg.user_api_base) or None,
         user_temperature=cfg.user_temperature,
         user_max_tokens=cfg.user_max_tokens,
         max_steps=cfg.max_steps,
         policies=read_policies(cfg.policy, cfg.domains),
     )
+
+
+def addresses(given: str) -> str:
+    """The customers' endpoints, of which each rank begins with another: few conversations are enough to ask all."""
+    each = given.split(",")
+    first = parallel.rank() % len(each)
+    return ",".join(each[first:] + each[:first])
 
 
 def origin(env: str) -> dict[str, str]:

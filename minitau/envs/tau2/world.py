@@ -35,7 +35,8 @@ class Tau2:
     user_model        what plays the customer, as litellm names it ("openai/my-model", "gpt-4.1"), or "script":
                       no model, but the customer of the gold script; needed for `env`, not for `tasks` and
                       `demonstrate`
-    user_api_base     an OpenAI-compatible endpoint, if it is not the provider's own
+    user_api_base     an OpenAI-compatible endpoint, if it is not the provider's own; or several, with commas between:
+                      episodes take them in turn, and keep to one, which then has the conversation cached
     user_temperature  of the customer: keep it the same in runs that are compared
     user_max_tokens   of one reply at most; 0 for whatever its server allows
     user_timeout      seconds one request may take
@@ -76,10 +77,9 @@ class Tau2:
         self.user_args["num_retries"] = 0
         if user_max_tokens:
             self.user_args["max_tokens"] = user_max_tokens
-        if user_api_base:
-            self.user_args["api_base"] = user_api_base
-            if str(user_model).startswith("openai/") and not os.environ.get("OPENAI_API_KEY"):
-                self.user_args["api_key"] = "none"  # the client insists on one; a local server does not
+        self.user_api_bases = itertools.cycle(user_api_base.split(",") if user_api_base else [None])
+        if user_api_base and str(user_model).startswith("openai/") and not os.environ.get("OPENAI_API_KEY"):
+            self.user_args["api_key"] = "none"  # the client insists on one; a local server does not
 
     def tasks(self, domain: str, split: str) -> list[Task]:
         """The tasks of a split, in tau2's order: train, test, base; telecom also has small and full;
@@ -106,6 +106,8 @@ class Tau2:
         if self.user_model == SCRIPTED:
             return Reader(gold_lines(task))
         args = {**self.user_args, "seed": zlib.crc32(seed.encode()) & 0x7FFFFFFF}
+        if address := next(self.user_api_bases):
+            args["api_base"] = address
         scenario, tools = str(find(task).user_scenario), open_domain(task.domain).user_tools
         return load().simulator.UserSimulator(tools, scenario, self.user_model, args)
 
