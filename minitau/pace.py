@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ PREFILL = 0.426  # part of the peak, for 2 FLOP a weight of the blocks: 58k toke
 # output tokens/s at 512 in, 256 out)
 SHARED = 2.4  # times as long as alone takes a reply beside customers' servers on the same GPUs, and
 LATENCY = 0.26  # seconds more: by how long an episode waited for its replies in seven steps of benchmarks/whole_step.py
+EVICTED = 2.5  # times what a cache has no room for is lost: see `part_lost`
 SYNC = 8.04e9 / 0.067  # bytes/s to a server: benchmarks/engine.py, one GPU
 GATHER = 4.02e9 / 0.012  # bytes/s that a GPU gets of others' FSDP2 shards: the same, two GPUs with NVLink
 SEVERAL = 0.95  # of one GPU's speed where FSDP2 moves weights and gradients: benchmarks/trainer.py, two GPUs
@@ -118,15 +119,29 @@ def reply_seconds(
 ) -> float:
     """Of one reply in each of the conversations of these lengths, on one engine: every token that is said reads all
     weights and cache once, but of an embedding apart from the head its own row; what was heard meets all blocks, and
-    again the part of each conversation that the cache has `lost`. Over `tp` GPUs it is divided as if they had nothing
-    to say to each other, which nobody has measured here. shared: with customers on the same GPUs."""
+    again the part of each conversation, its opening aside, that the cache has `lost`. Over `tp` GPUs it is divided as
+    if they had nothing to say to each other, which nobody has measured here. shared: with customers on the same GPUs.
+    """
     looked_up = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
     reads = HALF * (memory.parameters(shape) - looked_up) + sum(contexts) * cache_bytes(shape)
     blocks = shape.num_hidden_layers * memory.block_parameters(shape)
     prefill = tp * PREFILL * PEAK_FLOPS / (2 * blocks)  # tokens a second
     said = told.said_tokens * reads / (tp * DECODE * gpu.bandwidth)
-    alone = said + (len(contexts) * told.heard_tokens + lost * sum(contexts)) / prefill
+    grown = sum(contexts) - len(contexts) * told.opening_tokens
+    alone = said + (len(contexts) * told.heard_tokens + lost * grown) / prefill
     return SHARED * alone + LATENCY if shared else alone
+
+
+def part_lost(lengths: Collection[int], opening: int, cache: float, openings: int) -> float:
+    """Which part of conversations of these lengths a cache of so many tokens has lost by their next turn.
+
+    There are so many different openings, and somebody has just used each of them: they stay. Of the rest what was used
+    least recently goes first, which is what comes back next, so that more is lost than there is no room for: EVICTED
+    times as much, for which the rollouts of three steps of 100 messages were looked at (benchmarks/whole_step.py).
+    """
+    grown = sum(lengths) - len(lengths) * opening
+    room = cache - min(openings, len(lengths)) * opening
+    return min(1.0, EVICTED * (1 - room / grown)) if grown > max(0.0, room) else 0.0
 
 
 def round_seconds(
@@ -147,8 +162,7 @@ def round_seconds(
     could be the last (`vary`), so that the longest conversation, for which all wait, is one of long replies. A reply
     goes on beside those that others are given at that time.
 
-    cache: tokens that the engine keeps, of all who play and of so many different openings; of what is more, each has
-    lost its share. (An opening is computed once: too little to count.)"""
+    cache: tokens that the engine keeps, of all who play and of so many different openings: see `part_lost`."""
     waiting, now = list(turns), 0.0
     playing: list[tuple[float, int, int, int]] = []  # when its turn ends, its number, replies done by then, and in all
     lengths: dict[int, int] = {}  # tokens of those who play, by number
@@ -168,8 +182,7 @@ def round_seconds(
             asking = [(number, done, of)]
         for number, done, of in asking:
             beside = [lengths[other] for other, until in answered.items() if until > now]
-            again = max(0, len(lengths) - openings) * told.opening_tokens  # what is cached once for several
-            lost = max(0.0, 1 - cache / (sum(lengths.values()) - again))
+            lost = part_lost(lengths.values(), told.opening_tokens, cache, openings)
             reply = reply_seconds(shape, gpu, beside, told, lost=lost, tp=tp, shared=shared) * vary(rng)
             answered[number] = now + reply
             heapq.heappush(playing, (now + reply + told.user_seconds * vary(rng), number, done + 1, of))

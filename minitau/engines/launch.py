@@ -35,9 +35,10 @@ def open_sglang(cfg: Any, stop_ids: Iterable[int], takes_weights: bool) -> SGLan
     check(cfg, takes_weights)
     urls, server = cfg.engine_url, None
     host, own_gpus = host_of_rank(cfg, takes_weights), bool(cfg.engine_gpus)
+    if not own_gpus:
+        torch.cuda.empty_cache()  # of whole weights that have been sharded: a server takes its part of what is free
     if host is not None and not own_gpus:
-        torch.cuda.empty_cache()
-        parallel.barrier()  # what all its ranks load is loaded: it takes its part of what is free on each of their GPUs
+        parallel.barrier()  # what all its ranks load is loaded: it shares the GPUs of all
     if not urls and host in (None, parallel.rank()):
         server = Server(
             lambda port: launch_command(cfg, port, takes_weights),
