@@ -82,6 +82,26 @@ def rollout(case: Case, rounds: Sequence[int], attempts: int) -> Part:
     return Part("rollout", seconds, how)
 
 
+def crowded(case: Case) -> list[str]:
+    """A line if the engine's cache is too small for those who play on it at a time, once they are as long as on average
+    they get."""
+    cfg, told = case.cfg, case.told
+    if not case.samples:
+        return []
+    conversations = cfg.tasks_per_step * cfg.group_size if case.stage == "grpo" else cfg.round_tasks * cfg.samples
+    playing = at_once(case, conversations)
+    openings = min(playing, len(cfg.domains)) * told.opening_tokens
+    need = openings + playing * told.turns * (told.said_tokens + told.heard_tokens)
+    if need <= tokens_in(case, engine(case)[1].amount):
+        return []
+    return [
+        f"The engine's cache is too small for the end of {playing} conversations at once, {need:,} tokens, and what it "
+        "loses is read again: give it more --engine-mem (on a GPU that trains with --engine-sleep), or less to do with "
+        "a lower --concurrency.",
+        "",
+    ]
+
+
 def updates(case: Case, conversations: int, parts: int = 1) -> list[Part]:
     """The update, in so many optimizer steps, and before it the log-probabilities that GRPO needs."""
     cfg, told, shape = case.cfg, case.told, case.shape
@@ -203,7 +223,7 @@ def text(case: Case) -> str:
         "",
     ]
     if not problems(case):
-        lines += times(case)
+        lines += crowded(case) + times(case)
     return "\n".join(lines)
 
 

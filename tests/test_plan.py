@@ -219,6 +219,23 @@ def test_what_the_cache_has_lost_is_computed_again(round_rates, monkeypatch):
     assert seconds(117) == pytest.approx(first[0] + second[1])
 
 
+def test_a_cache_that_is_too_small_is_told(capsys, model):
+    """Of 32 conversations at once, each of 20 x 200 tokens and one of three openings of 6000."""
+    flags = "--stage grpo --preset tau2-4b --gpus 2 --gpu h200 --tasks-per-step 16 --group-size 4"
+    said = {
+        more: dry_run(capsys, model, f"{flags} {more}")[1]
+        for more in (
+            "--turns 20",
+            "--turns 40",
+            "--turns 40 --concurrency 16",
+            "--turns 40 --engine-sleep --engine-mem 0.6",
+        )
+    }
+    told = [more for more, text in said.items() if "too small" in text]
+    assert told == ["--turns 40"] and "end of 32 conversations at once, 274,000 tokens" in said["--turns 40"]
+    assert all("Time of a step" in text for text in said.values())
+
+
 def test_all_wait_for_the_conversation_that_takes_longest(monkeypatch):
     """Of many conversations with one reply each, whose customers take 2 s on average: 2 (1 + 1/2 + ... + 1/n)."""
     monkeypatch.setattr(pace, "PREFILL", math.inf)
