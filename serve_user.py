@@ -21,7 +21,6 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -177,7 +176,7 @@ def serve_sglang(cfg: config.Server) -> None:
     Raises BadInput if they cannot be started as asked, EngineError if one does not start at all, or died too often.
     """
     servers = copies_of_sglang(cfg)
-    news: queue.Queue[tuple[Server, Exception | None]] = queue.Queue()
+    news: queue.Queue[tuple[Server, bool | Exception]] = queue.Queue()
     ending = threading.Event()
     for server in servers:
         how = {"timeout": cfg.engine_timeout, "shown": server is servers[0], "news": news, "ending": ending}
@@ -186,21 +185,29 @@ def serve_sglang(cfg: config.Server) -> None:
     try:
         with contextlib.suppress(KeyboardInterrupt):
             while True:
-                server, error = news.get()
-                if error:
-                    raise error
-                ready.add(server)
+                server, said = news.get()
+                if isinstance(said, Exception):
+                    raise said
+                if said:
+                    ready.add(server)
+                else:
+                    ready.discard(server)
                 if len(ready) == len(servers):
                     say_ready(cfg, [each.port for each in servers])
     finally:
         ending.set()
-        with ThreadPoolExecutor(len(servers)) as pool:
-            list(pool.map(lambda server: server.close(), servers))
+        closing = [threading.Thread(target=server.close, daemon=True) for server in servers]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()  # (a second ctrl-C leaves the rest to the servers' keepers)
 
 
 def copies_of_sglang(cfg: config.Server) -> list[Server]:
     """A server for each copy of the model, not started yet. Raises BadInput."""
     log, groups, servers = Path(cfg.log), gpu_groups(cfg), []
+    if not log.name:
+        raise BadInput("--log must name a file")
     for number, gpus in enumerate(groups):
         port = cfg.port and cfg.port + number
         require_free(port)
@@ -222,26 +229,27 @@ def keep_up(
     *,
     timeout: float,
     shown: bool,
-    news: queue.Queue[tuple[Server, Exception | None]],
+    news: queue.Queue[tuple[Server, bool | Exception]],
     ending: threading.Event,
 ) -> None:
     """Start `server`, and start it again when it dies, until `ending`.
 
-    Each time that it is ready goes to `news`, and at last why it is given up: a start that fails is a death, but for
-    the first, which is the end.
+    To `news` goes True each time that it is ready, False when it is lost, and at last why it is given up: a start that
+    fails is a death, but for the first, which is the end.
     """
     deaths = 0
     try:
         while not ending.is_set():
             try:
                 server.start(timeout, shown=shown and not deaths)
-                news.put((server, None))
+                news.put((server, True))
                 watch(server)
             except EngineError:
                 if not deaths:
                     raise
             if ending.is_set():
                 return
+            news.put((server, False))
             deaths = 1 if server.age() > LONG_LIFE + timeout else deaths + 1
             if deaths == DEATHS:
                 raise EngineError(f"{server.name} died {deaths} times in a row; {server.last_words()}")
@@ -276,6 +284,8 @@ def visible(gpus: Sequence[str]) -> dict[str, str]:
 def gpu_groups(cfg: config.Server) -> list[Sequence[str]]:
     """The GPUs of each copy of the model; one copy on none where there is none. Raises BadInput."""
     gpus = cfg.gpus or tuple(map(str, range(torch.cuda.device_count())))
+    if len(set(gpus)) < len(gpus):
+        raise BadInput(f"--gpus {','.join(gpus)}: a GPU is named twice")
     if len(gpus) % cfg.tp:
         raise BadInput(f"--tp {cfg.tp} does not divide {len(gpus)} GPUs; name others with --gpus")
     return [gpus[i : i + cfg.tp] for i in range(0, len(gpus), cfg.tp)] or [()]

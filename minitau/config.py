@@ -300,11 +300,11 @@ class Server:
 
     model: str = setting("", "a Hugging Face directory of a dense Qwen3")
     engine: str = setting("sglang", "what samples from the model: SGLang, or this process", ("sglang", "local"))
-    port: int = setting(30001, "on 127.0.0.1; 0 takes any that is free")
-    gpus: tuple[str, ...] = setting((), "sglang: which GPUs, by number; those that are visible if empty")
-    tp: int = setting(
-        1, "sglang: GPUs that one copy of the model is spread over; each copy has a port of its own, from --port on"
+    port: int = setting(
+        30001, "on 127.0.0.1; 0 takes any that is free. sglang: a second copy of the model has the next one, and so on"
     )
+    gpus: tuple[str, ...] = setting((), "sglang: which GPUs, by number; those that are visible if empty")
+    tp: int = setting(1, "sglang: GPUs that one copy of the model is spread over; the others hold further copies")
     mem_fraction: float = setting(
         0.85, "sglang: part to take of what is free on a GPU at the start; small beside a trainer"
     )
@@ -317,7 +317,9 @@ class Server:
     temperature: float = setting(0.7, "local: where a request names none")
     max_new_tokens: int = setting(256, "local: tokens of one reply, where a request names no limit")
     max_tokens: int = setting(32_768, "tokens of one conversation at most")
-    concurrency: int = setting(64, "conversations at once: whose prefix stays cached, and the largest batch")
+    concurrency: int = setting(
+        64, "conversations at once: whose prefix stays cached, and the largest batch (of each copy)"
+    )
     patience: float = setting(0.0, "local: seconds the engine waits before a step for others to join it")
 
 

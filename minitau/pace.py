@@ -35,11 +35,11 @@ PREFILL = 0.426  # part of the peak, for 2 FLOP a weight of the blocks: 58k toke
 # output tokens/s at 512 in, 256 out)
 SHARED = 2.4  # times as long as alone takes a reply beside customers' servers on the same GPUs, and
 LATENCY = 0.26  # seconds more: by how long an episode waited for its replies in seven steps of benchmarks/whole_step.py
-EVICTED = 2.5  # times what a cache has no room for is lost: see `part_lost`
+EVICTED = 3.5  # times what a cache has no room for is lost: see `part_lost`
 SYNC = 8.04e9 / 0.067  # bytes/s to a server: benchmarks/engine.py, one GPU
 GATHER = 4.02e9 / 0.012  # bytes/s that a GPU gets of others' FSDP2 shards: the same, two GPUs with NVLink
 SEVERAL = 0.95  # of one GPU's speed where FSDP2 moves weights and gradients: benchmarks/trainer.py, two GPUs
-DISK = 0.84e9  # bytes/s of a checkpoint, all ranks together: benchmarks/checkpoints.py, one machine's disk
+DISK = 0.87e9  # bytes/s of a checkpoint, all ranks together: benchmarks/checkpoints.py, one machine's disk
 # Not measured yet:
 RESERVED = 0.6e9  # bytes of a GPU that its driver keeps
 CONTEXT = 0.5e9  # of each process that uses a GPU
@@ -133,11 +133,13 @@ def reply_seconds(
 
 
 def part_lost(lengths: Collection[int], opening: int, cache: float, openings: int) -> float:
-    """Which part of conversations of these lengths a cache of so many tokens has lost by their next turn.
+    """Which part of conversations of these lengths, their openings aside, a cache of so many tokens has lost by their
+    next turn.
 
     There are so many different openings, and somebody has just used each of them: they stay. Of the rest what was used
     least recently goes first, which is what comes back next, so that more is lost than there is no room for: EVICTED
-    times as much, for which the rollouts of three steps of 100 messages were looked at (benchmarks/whole_step.py).
+    times as much, which is fitted to the rollouts of three steps of 100 messages (benchmarks/whole_step.py) and stands
+    for all that makes them longer there. By the engines' logs it was less that was read again.
     """
     grown = sum(lengths) - len(lengths) * opening
     room = cache - min(openings, len(lengths)) * opening

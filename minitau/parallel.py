@@ -192,8 +192,8 @@ def was_announced(name: str) -> bool:
 def shard(model: nn.Module, blocks: nn.ModuleList, compute_dtype: torch.dtype) -> None:
     """Shard `model` in place over all ranks: each block a group, the rest the root group.
 
-    Parameters stay fp32 (the master weights); forward and backward get them in `compute_dtype`, gradients are
-    reduced in fp32. One process has nothing to shard and keeps the plain module,
+    Parameters stay what they are (of a model that is trained fp32, the master weights); forward and backward get them
+    in `compute_dtype`, gradients are reduced in fp32. One process has nothing to shard and keeps the plain module,
     which rounds them itself: see Qwen3.dtype.
     """
     if world_size() == 1:

@@ -35,6 +35,7 @@ from minitau.memory import ADAM, HALF, MASTER
 from minitau.model import ModelConfig
 
 DRAWS = 16  # of a round of conversations, whose mean is what it takes
+WORTH_A_WORD = 0.05  # of a rollout, if it is lost because a cache is too small
 MOST = 100_000  # conversations of a step or a round that are gone through one by one
 
 
@@ -59,47 +60,39 @@ def at_once(case: Case, conversations: int) -> int:
 
 
 def rollout(case: Case, rounds: Sequence[int], attempts: int) -> Part:
-    """Rounds of so many tasks, one after the other; each takes as long as the engine that takes longest, on the mean of
-    so many DRAWS of who plays where and how long replies are."""
+    """Rounds of so many tasks, one after the other; and what of it is due to a cache that is too small."""
+    most, held = at_once(case, rounds[0] * attempts), tokens_in(case, engine(case)[1].amount)
+    seconds = rollout_seconds(case, rounds, attempts, held)
+    over = f" over {case.tp} GPUs, as if they had nothing to say to each other" if case.tp > 1 else ""
+    how = (
+        f"{' + '.join(map(str, rounds))} tasks x {attempts}, {many(case.engines, 'engine')}{over}, "
+        f"{most} at once on each, {longest(case)} turns at most"
+    )
+    if held < most * pace.length(case.told, longest(case)):  # else it loses nothing
+        lost = seconds - rollout_seconds(case, rounds, attempts, math.inf)
+        if lost > WORTH_A_WORD * seconds:
+            how += (
+                f"; {lost:.0f} s of it because a cache of {held:,.0f} tokens is too small: it depends on --engine-mem"
+            )
+            how += ", --engine-sleep and --concurrency"
+    return Part("rollout", seconds, how)
+
+
+def rollout_seconds(case: Case, rounds: Sequence[int], attempts: int, cache: float) -> float:
+    """Each round takes as long as the engine that takes longest, on the mean of so many DRAWS of who plays where and
+    how long replies are. cache: tokens that an engine keeps."""
     engines, seconds, rng = case.engines, 0.0, Random(0)
-    cache, openings = tokens_in(case, engine(case)[1].amount), len(case.cfg.domains)
-    engine_is = {"tp": case.tp, "shared": case.customers and case.guest}
+    has = {"cache": cache, "openings": len(case.cfg.domains), "tp": case.tp, "shared": case.customers and case.guest}
 
     def slowest(turns: Sequence[int]) -> float:
         most, shuffled = at_once(case, len(turns)), rng.sample(turns, len(turns))
         shares = (shuffled[i::engines] for i in range(engines))
-        has = {"cache": cache, "openings": openings, **engine_is}
         return max(pace.round_seconds(case.shape, case.gpu, share, most, case.told, rng, **has) for share in shares)
 
     for tasks in rounds:
         turns = pace.turns_of(tasks * attempts, case.told.turns, longest(case))
         seconds += fmean(slowest(turns) for _ in range(DRAWS))
-    over = f" over {case.tp} GPUs, as if they had nothing to say to each other" if case.tp > 1 else ""
-    how = (
-        f"{' + '.join(map(str, rounds))} tasks x {attempts}, {many(engines, 'engine')}{over}, "
-        f"{at_once(case, rounds[0] * attempts)} at once on each, {longest(case)} turns at most"
-    )
-    return Part("rollout", seconds, how)
-
-
-def crowded(case: Case) -> list[str]:
-    """A line if the engine's cache is too small for those who play on it at a time, once they are as long as on average
-    they get."""
-    cfg, told = case.cfg, case.told
-    if not case.samples:
-        return []
-    conversations = cfg.tasks_per_step * cfg.group_size if case.stage == "grpo" else cfg.round_tasks * cfg.samples
-    playing = at_once(case, conversations)
-    openings = min(playing, len(cfg.domains)) * told.opening_tokens
-    need = openings + playing * told.turns * (told.said_tokens + told.heard_tokens)
-    if need <= tokens_in(case, engine(case)[1].amount):
-        return []
-    return [
-        f"The engine's cache is too small for the end of {playing} conversations at once, {need:,} tokens, and what it "
-        "loses is read again: give it more --engine-mem (on a GPU that trains with --engine-sleep), or less to do with "
-        "a lower --concurrency.",
-        "",
-    ]
+    return seconds
 
 
 def updates(case: Case, conversations: int, parts: int = 1) -> list[Part]:
@@ -223,7 +216,7 @@ def text(case: Case) -> str:
         "",
     ]
     if not problems(case):
-        lines += crowded(case) + times(case)
+        lines += times(case)
     return "\n".join(lines)
 
 

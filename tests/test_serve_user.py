@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import signal
 import socket
 import struct
@@ -390,11 +391,60 @@ class ServerThat:
 )
 def test_a_start_that_fails_is_a_death_but_for_the_first(monkeypatch, capsys, starts, said):
     server = ServerThat(starts)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(serve_user, "Server", lambda *_, **__: server)
     with pytest.raises(EngineError, match=said):
-        serve_user.serve_sglang(config.Server(model="m"))
+        serve_user.serve_sglang(config.Server(model="m", port=0))
     assert capsys.readouterr().out.count("TAU2_USER_API_BASE") == sum(starts)
     assert server.closed
+
+
+class Puppet(ServerThat):
+    """A server that starts and dies when a test says so."""
+
+    def __init__(self):
+        self.orders, self.starting, self.stands, self.falls = (queue.Queue(), *(threading.Event() for _ in range(3)))
+
+    def start(self, timeout, shown):
+        self.starting.set()
+        if not self.orders.get(timeout=30):
+            raise EngineError("not healthy")
+
+    def up(self):
+        self.orders.put(True)
+        assert self.stands.wait(30)
+
+    def down(self):
+        self.starting.clear()
+        self.falls.set()
+        assert self.starting.wait(30)
+
+
+def watched(server):
+    server.stands.set()
+    assert server.falls.wait(30)
+    server.stands.clear()
+    server.falls.clear()
+
+
+def test_it_is_ready_when_all_are_at_the_same_time(monkeypatch, capsys):
+    """Not when one that was lost is there again and another is still down."""
+    first, second = Puppet(), Puppet()
+    servers = iter([first, second])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(serve_user, "Server", lambda *_, **__: next(servers))
+    monkeypatch.setattr(serve_user, "watch", watched)
+
+    def play():
+        for do in (first.up, second.up, first.down, second.down, first.up, second.up, second.down):
+            do()
+        second.orders.put(False)  # its third death is the end
+
+    threading.Thread(target=play, daemon=True).start()
+    with pytest.raises(EngineError, match="died 3 times"):
+        serve_user.serve_sglang(config.Server(model="m", port=0))
+    assert capsys.readouterr().out.count("TAU2_USER_API_BASE") == 2
+    assert first.closed and second.closed
 
 
 def test_one_that_does_not_start_ends_all(monkeypatch, capsys):
@@ -419,6 +469,7 @@ def test_one_that_does_not_start_ends_all(monkeypatch, capsys):
 def test_it_takes_the_gpus_that_are_visible(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setattr(serve_user, "require_free", lambda port: None)
 
     def copies(**settings):
         servers = serve_user.copies_of_sglang(config.Server(model="m", engine_command="sgl", port=30500, **settings))
@@ -431,12 +482,16 @@ def test_it_takes_the_gpus_that_are_visible(monkeypatch):
         copies(tp=3)
     with pytest.raises(BadInput, match="--gpus 4: there are 4 GPUs here, numbered from 0"):
         copies(gpus=("0", "4"))
+    with pytest.raises(BadInput, match="--gpus 1,1: a GPU is named twice"):
+        copies(gpus=("1", "1"))
+    with pytest.raises(BadInput, match="--log must name a file"):
+        copies(log="")
 
 
 def test_every_port_must_be_free(base, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     taken = int(base.rsplit(":", 1)[1])
-    with pytest.raises(BadInput, match=f"port {taken} is taken; choose another --port"):
+    with pytest.raises(BadInput, match=f"port ({taken - 1}|{taken}) is taken; choose another --port"):
         serve_user.copies_of_sglang(config.Server(model="m", port=taken - 1))
 
 

@@ -186,9 +186,9 @@ class Server:
 
     def close(self) -> None:
         """Take it down with all its children. Does nothing if it is down."""
-        if self.process is None:
+        process, self.process = self.process, None  # first: another thread may be closing it as well
+        if process is None:
             return
-        process, self.process = self.process, None
         with contextlib.suppress(OSError):
             process.stdin.close()  # its keeper ends it
         try:
