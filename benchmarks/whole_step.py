@@ -171,13 +171,14 @@ def report(args: argparse.Namespace, model: Path, out: Path, step: int, more: li
     told = conversations(out, step)
     return {
         **{name: line.get(name) for name in shown},
+        "cache_tokens": cache_tokens(out),
         "conversations": told,
         "computed": computed(args, model, out, told, more),
     }
 
 
-def conversations(out: Path, step: int) -> dict[str, float]:
-    """Means over the episodes of a step, as --dry-run asks for them; and the longest episode, in seconds."""
+def conversations(out: Path, step: int) -> dict[str, Any]:
+    """Means over the episodes of a step, as --dry-run asks for them; quartiles of their seconds, and the longest."""
     played = [Trajectory.from_json(json.loads(line)["trajectory"]) for line in episodes(out, step)]
     played = [t for t in played if t.turns]
     said, turns = sum(sum(t.said) for t in played), sum(len(t.turns) for t in played)
@@ -190,13 +191,18 @@ def conversations(out: Path, step: int) -> dict[str, float]:
         "heard_tokens": ((whole - opening) * len(played) - said) / turns,
         "user_seconds": sum(t.seconds["user"] for t in played) / turns,
         "tokens": whole,
+        "seconds": statistics.quantiles((sum(t.seconds.values()) for t in played), n=4, method="inclusive"),
         "longest_seconds": max(sum(t.seconds.values()) for t in played),
     }
 
 
-def computed(
-    args: argparse.Namespace, model: Path, out: Path, told: dict[str, float], more: list[str]
-) -> dict[str, Any]:
+def cache_tokens(out: Path) -> list[int]:
+    """What each engine's cache holds, as its log says."""
+    logs = (path.read_text(errors="replace") for path in sorted(out.glob("engine-*.log")))
+    return [int(found[-1]) for log in logs if (found := re.findall(r"max_total_num_tokens=(\d+)", log))]
+
+
+def computed(args: argparse.Namespace, model: Path, out: Path, told: dict[str, Any], more: list[str]) -> dict[str, Any]:
     """Seconds by part, as --dry-run has them for such conversations."""
     stage, cfg, _ = cli.parse_stage([*grpo_flags(args, model, out), *more])
     numbers = {name: round(told[name]) for name in ("opening_tokens", "turns", "said_tokens", "heard_tokens")}

@@ -76,6 +76,7 @@ def budget(cfg: Ablations, one: Setting) -> int:
         return cfg.episodes
     rft = Path(cfg.model).resolve().parent
     if not (played := episodes_played(rft)):
+        demo.weights(Path(cfg.model).resolve(), "--model")  # first of all there must be a model
         raise BadInput(
             f"{rft} holds no metrics.jsonl of an RFT run, whose episodes no-rft gets; leave rft out of --only"
         )

@@ -24,7 +24,7 @@ import warm
 import eval as evaluation
 import serve_user
 import train
-from minitau import ablate, cli, config, demo, plot, study, tiny, view
+from minitau import ablate, cli, config, demo, plot, sft, study, tasks, tiny, view
 from minitau.base import pretrain
 from minitau.episode import BadInput
 from minitau.log import run_script
@@ -181,6 +181,14 @@ def test_a_run_killed_while_it_claimed_its_folder_goes_on(tmp_path, tiny_dir, da
     (out / "config.tmp").write_text('{"stage"')
     flags = f"--stage sft --model {tiny_dir} --data {data} --out {out} --epochs 1 --resume"
     assert run_script("train.py", train.main, flags.split()) == 0 and (out / "model").is_dir()
+
+
+def test_a_file_where_a_folder_is_needed(capsys, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for main, flags in ((tiny.main, []), (sft.main, ["--agent", "gold", "--tasks", 1]), (tasks.main, ["--tasks", 1])):
+        line = refused(capsys, main, *flags, "--out", tmp_path / "file" / "x")
+        assert f"{tmp_path / 'file'}" in line and "a file is in the way" in line and "Errno" not in line
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_no_disk_space_at_a_checkpoint(tmp_path, tiny_dir, data):
