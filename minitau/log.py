@@ -67,10 +67,7 @@ def run_script(name: str, body: Callable[[list[str]], None], argv: list[str], *,
     except BadInput as error:
         status, line = 2, str(error)
     except (FileExistsError, NotADirectoryError) as error:
-        status, line = (
-            2,
-            f"{error.filename or error}: a file is in the way where a folder is needed; choose another place",
-        )
+        status, line = 2, f"{error.filename or error}: a file is where a folder is needed; choose another place"
     except (OSError, EpisodeError) as error:
         status, line = 1, str(error)
     except KeyboardInterrupt:

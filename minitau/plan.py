@@ -60,7 +60,8 @@ def at_once(case: Case, conversations: int) -> int:
 
 
 def rollout(case: Case, rounds: Sequence[int], attempts: int) -> Part:
-    """Rounds of so many tasks, one after the other; and what of it is due to a cache that is too small."""
+    """Rounds of so many tasks, one after the other. It says if much of that is due to a cache that is too small, which
+    --engine-mem, --engine-sleep and --concurrency can mend."""
     most, held = at_once(case, rounds[0] * attempts), tokens_in(case, engine(case)[1].amount)
     seconds = rollout_seconds(case, rounds, attempts, held)
     over = f" over {case.tp} GPUs, as if they had nothing to say to each other" if case.tp > 1 else ""
@@ -71,10 +72,7 @@ def rollout(case: Case, rounds: Sequence[int], attempts: int) -> Part:
     if held < most * pace.length(case.told, longest(case)):  # else it loses nothing
         lost = seconds - rollout_seconds(case, rounds, attempts, math.inf)
         if lost > WORTH_A_WORD * seconds:
-            how += (
-                f"; {lost:.0f} s of it because a cache of {held:,.0f} tokens is too small: it depends on --engine-mem"
-            )
-            how += ", --engine-sleep and --concurrency"
+            how += f"; {lost:.0f} s of it by what a cache of {held:,.0f} tokens loses"
     return Part("rollout", seconds, how)
 
 

@@ -187,7 +187,7 @@ def test_a_file_where_a_folder_is_needed(capsys, tmp_path):
     (tmp_path / "file").write_text("precious")
     for main, flags in ((tiny.main, []), (sft.main, ["--agent", "gold", "--tasks", 1]), (tasks.main, ["--tasks", 1])):
         line = refused(capsys, main, *flags, "--out", tmp_path / "file" / "x")
-        assert f"{tmp_path / 'file'}" in line and "a file is in the way" in line and "Errno" not in line
+        assert f"{tmp_path / 'file'}" in line and "a file is where a folder is needed" in line and "Errno" not in line
     assert (tmp_path / "file").read_text() == "precious"
 
 
