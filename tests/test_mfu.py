@@ -1,14 +1,16 @@
 """What a training step is worth in FLOPs, against counts made another way; and what the benchmarks share beside it."""
 
 import argparse
+import json
 from itertools import repeat
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import mfu, trainer
+from benchmarks import mfu, ratios, trainer
 from minitau import pace
+from minitau.episode import BadInput
 from minitau.model import Qwen3
 
 
@@ -42,6 +44,41 @@ def test_packed_sequences_do_not_look_at_each_other():
 def test_gaps_are_the_times_in_which_no_kernel_ran():
     spans = [(10.0, 12.0, "c"), (0.0, 4.0, "a"), (1.0, 2.0, "b"), (4.0, 5.0, "d"), (12.5, 13.0, "e")]
     assert trainer.gaps(spans) == [(5.0, "d", "c"), (0.5, "c", "e")]
+
+
+def test_numbers_are_within_their_tolerances_and_what_is_not_is_named():
+    found = trainer.measure_numbers(argparse.Namespace(shape="tiny", dtype="bfloat16"))
+    assert trainer.exceeded("numbers", found) == [] and trainer.exceeded("speed", {}) == []
+    found["fp32"]["mean"] = 0.5
+    found["bf16, eager"]["gradient_relative_to_compiled"] = float("nan")
+    one, other = trainer.exceeded("numbers", found)
+    assert one == "numbers, fp32: mean is 0.5, more than 0.0001"
+    assert other.startswith("numbers, bf16, eager: gradient_relative_to_compiled is nan")
+
+
+def test_ratios_are_of_one_round_and_their_median_of_all(monkeypatch, capsys):
+    alone, together, peer = iter([100.0, 120.0, 90.0]), iter([150.0, 240.0, 171.0]), iter([50.0, 40.0, 60.0])
+
+    def ours(args, ranks):
+        speed = next(alone if ranks == 1 else together)
+        return {"auto": speed, "all": speed / 2}
+
+    monkeypatch.setattr(ratios, "ours", ours)
+    monkeypatch.setattr(ratios, "theirs", lambda args, which: next(peer))
+    ratios.main(["--rounds", "3", "--ranks", "2", "--peers", "trl"])
+    found = json.loads(capsys.readouterr().out)
+    assert [each["ratios"]["recompute auto / trl"] for each in found["rounds"]] == [2.0, 3.0, 1.5]
+    assert found["ratios"] == {
+        "recompute auto / trl": 2.0,
+        "recompute all / trl": 1.0,
+        "recompute auto on 2 GPUs / 2 x one": pytest.approx(0.95),
+        "recompute all on 2 GPUs / 2 x one": pytest.approx(0.95),
+    }
+
+
+def test_a_benchmark_that_fails_ends_the_ratios_with_its_last_word():
+    with pytest.raises(BadInput, match=r"benchmarks\.peers .* ended with status 2: .*invalid choice"):
+        ratios.output_of(["-m", "benchmarks.peers", "--which", "nobody"])
 
 
 def test_unknown_parts_of_a_benchmark_are_named():

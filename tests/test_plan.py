@@ -124,13 +124,15 @@ def test_updates_that_were_measured(tokens, micro_batches, recomputed, seconds, 
         assert budget.peak_bytes(FOUR_B, tokens, 1, recomputed) == pytest.approx(peak, rel=0.05)
 
 
-@pytest.mark.parametrize("recomputed, seconds", [(0, 0.956), (36, 1.151)])
-def test_updates_on_two_gpus_that_were_measured(recomputed, seconds):
-    """benchmarks/trainer.py under torchrun on two H200 at commit 3aaf8b6, 16,384 tokens each: within 5%."""
+@pytest.mark.parametrize("recomputed, seconds, peak", [(0, 0.956, 96e9), (36, 1.151, 37e9)])
+def test_updates_on_two_gpus_that_were_measured(recomputed, seconds, peak):
+    """benchmarks/trainer.py under torchrun on two H200 at commit 3aaf8b6, 16,384 tokens each: seconds within 5%. Of one
+    micro-batch not all gradients are there when most else is: the memory is up to 15% less."""
     lengths, keep = [*LENGTHS, *LENGTHS], (36 - recomputed) * 16_384
     said = [n - 1 for n in lengths]
     computed = pace.update_seconds(FOUR_B, lengths, said, budget=16_384, ranks=2, keep=keep)
     assert computed == pytest.approx(seconds, rel=0.05)
+    assert peak < budget.peak_bytes(FOUR_B, 16_384, 2, recomputed) < 1.15 * peak
 
 
 def test_a_sync_on_two_gpus_that_was_measured():

@@ -1,0 +1,102 @@
+"""How many times as fast as others the trainer is, and what more GPUs bring: all of it in one go, in turn.
+
+    python -m benchmarks.ratios --rounds 2 --ranks 2
+
+runs benchmarks/trainer.py (speed) on one GPU and on --ranks, and benchmarks/peers.py for each peer, one after the
+other, each in a process of its own, and that as often as asked: the same shape, tokens, GPU and run. Prints one JSON
+object: tokens/s of each by round, and of each round the ratios; how busy the host's cores were before it, because a
+peer whose kernels are started one by one suffers more from that.
+
+`--shape tiny --attention sdpa --peers transformers` runs on a CPU, to see that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.mfu import SHAPES, among, where
+from benchmarks.peers import TRAIN
+from benchmarks.trainer import lengths_of
+from minitau.episode import BadInput
+from minitau.log import run_script
+
+OURS = {"auto": "recompute auto", "all": "recompute all"}  # how blocks are recomputed: as the trainer's report has it
+
+
+def output_of(command: Sequence[str]) -> str:
+    """What a benchmark prints. Raises BadInput with its last words if it fails."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    if done.returncode:
+        words = [line for line in done.stderr.splitlines() if line.strip()]
+        raise BadInput(f"{' '.join(command)} ended with status {done.returncode}: {words[-1] if words else 'no word'}")
+    return done.stdout
+
+
+def ours(args: argparse.Namespace, ranks: int) -> dict[str, float]:
+    """Tokens/s of all ranks together, by how many blocks are recomputed."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "speed.json"
+        what = ["-m", "benchmarks.trainer", "--parts", "speed", "--shape", args.shape, "--steps", str(args.steps)]
+        output_of([*start, *what, "--out", str(out)])
+        found = json.loads(out.read_text())["speed"]
+    return {name: found[setting]["tokens_per_second"] for name, setting in OURS.items()}
+
+
+def theirs(args: argparse.Namespace, peer: str) -> float:
+    """Tokens/s of a peer."""
+    command = ["-m", "benchmarks.peers", "--which", peer, "--shape", args.shape, "--attention", args.attention]
+    command += ["--lengths", ",".join(map(str, lengths_of(args))), "--steps", str(args.steps + 2)]
+    row = json.loads(output_of([*command, *(["--liger"] if args.liger else [])]).splitlines()[-1])
+    if "tokens_per_second" not in row:
+        raise BadInput(f"{peer}: {row.get('out_of_memory', 'it took no step')}")
+    return row["tokens_per_second"]
+
+
+def play_round(args: argparse.Namespace) -> dict[str, Any]:
+    """Everybody once, and how they compare."""
+    load = os.getloadavg()[0]
+    one = ours(args, 1)
+    speeds: dict[str, Any] = {"minitau": one}
+    ratios: dict[str, float] = {}
+    for peer in args.peers:
+        speeds[peer] = theirs(args, peer)
+        ratios |= {f"recompute {name} / {peer}": speed / speeds[peer] for name, speed in one.items()}
+    if args.ranks > 1:
+        several = speeds[f"minitau on {args.ranks} GPUs"] = ours(args, args.ranks)
+        ratios |= {
+            f"recompute {name} on {args.ranks} GPUs / {args.ranks} x one": several[name] / args.ranks / speed
+            for name, speed in one.items()
+        }
+    return {"busy_cores": load, "tokens_per_second": speeds, "ratios": ratios}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=among(TRAIN), default=list(TRAIN), help="comma-separated")
+    parser.add_argument("--liger", action="store_true", help="peers with Liger's kernels")
+    parser.add_argument("--attention", default="flash_attention_4", help="the peers': what transformers calls it")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs to compare one with; 1 leaves that out")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--shape", choices=SHAPES, default="4b")
+    args = parser.parse_args(argv)
+    result: dict[str, Any] = {"shape": args.shape, **where(), "cores": os.cpu_count(), "liger": args.liger}
+    rounds = result["rounds"] = [play_round(args) for _ in range(args.rounds)]
+    result["ratios"] = {
+        name: statistics.median(each["ratios"][name] for each in rounds) for name in rounds[0]["ratios"]
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script("benchmarks.ratios", main, sys.argv[1:]))
