@@ -4,8 +4,10 @@
     python -m benchmarks.checkpoints --work DIR --read                   # reads on one GPU what two have written
 
 Random fp32 weights and AdamW's moments after one step, through checkpoint.begin, finish and load as they are. Both
-commands print one JSON object. What was written is known by sums over the bits of every tensor, which are the same on
-any number of ranks; where it is read again on the ranks that wrote it, also every bit is compared.
+commands print one JSON object, and end with status 1 if something did not come back. What was written is known by sums
+over the bits of every tensor, which are the same on any number of ranks; where it is read again on the ranks that wrote
+it, also every bit is compared. With --engine-command "python -m sglang.launch_server" SGLang serves the checkpoint's
+Hugging Face directory, and what it samples is looked at through the weights that were read.
 
 `--shape tiny` runs the same on a CPU, to see that it works.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +29,9 @@ from torch import Tensor
 import train
 from benchmarks.mfu import SHAPES, where
 from benchmarks.trainer import free_everything, micro_batch, open_run, peak_gb, synchronize
-from minitau import checkpoint, config, parallel, run, tiny
+from minitau import checkpoint, config, parallel, probe, run, tiny
+from minitau.chat import load_chat
+from minitau.engines.launch import open_sglang
 
 
 def tensors(opened: SimpleNamespace) -> Iterator[tuple[str, Tensor]]:
@@ -92,10 +97,31 @@ def read(opened: SimpleNamespace, folder: Path) -> dict[str, Any]:
     return {"load_seconds": loading, "sums_are_those_written": state["fingerprint"] == fingerprint(opened)}
 
 
-def main() -> None:
+def serve(opened: SimpleNamespace, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """By how many nats a token SGLang, with what it loads from the newest checkpoint's directory, and the weights that
+    were read differ on what it samples: see probe.py."""
+    model_dir = str(checkpoint.latest(folder) / "model")
+    cfg = config.GRPO(
+        model=model_dir,
+        out=args.work,
+        engine="sglang",
+        engine_command=args.engine_command,
+        dtype=args.dtype,
+        max_tokens=4096,
+    )
+    chat = load_chat(model_dir, "native")
+    engine = open_sglang(cfg, chat.stop_ids, takes_weights=False)
+    try:
+        return {"served_drift": probe.probe(engine, SimpleNamespace(model=opened.model, chat=chat), cfg, 0)}
+    finally:
+        engine.close()
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="outputs/benchmark-checkpoints", help="folder for the checkpoint")
     parser.add_argument("--read", action="store_true", help="only read what is there")
+    parser.add_argument("--engine-command", default="", help="SGLang, to serve what was read")
     parser.add_argument("--shape", choices=SHAPES, default="4b")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     args = parser.parse_args()
@@ -114,11 +140,14 @@ def main() -> None:
         result = {"shape": args.shape, **where()}
         result |= read(opened, folder) if args.read else write(opened, cfg, folder)
         result["peak_gb"] = peak_gb()
+        if args.engine_command:
+            result |= serve(opened, args, folder)
     finally:
         parallel.stop()
     if parallel.is_main():
         print(json.dumps(result, indent=1))
+    return int(not (result["sums_are_those_written"] and result.get("every_bit_is_back", True)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
