@@ -113,7 +113,7 @@ def customers(args: argparse.Namespace, model: Path) -> Iterator[str]:
 def train(
     args: argparse.Namespace, model: Path, out: Path, address: str, more: list[str]
 ) -> Iterator[dict[str, float]]:
-    """Run GRPO; after each step the most memory that was in use meanwhile, in GB by GPU."""
+    """Run GRPO; after each step the most memory that was in use meanwhile: see memory_in_use."""
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks)]
     command = [sys.executable, *ranks, "train.py", *grpo_flags(args, model, out), *more]
     command += ["--user-model", "openai/minitau-user", "--user-api-base", address]
@@ -153,12 +153,24 @@ def grpo_flags(args: argparse.Namespace, model: Path, out: Path) -> list[str]:
 
 
 def memory_in_use() -> dict[str, float]:
-    """GB by GPU; nothing where there is none."""
+    """GB by GPU, and of all GPUs by program; nothing where there is none."""
     if not torch.cuda.is_available():
         return {}
-    query = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
-    lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
-    return {gpu: float(mib) * (1 << 20) / 1e9 for gpu, mib in (line.split(",") for line in lines)}
+    found = {gpu: mib * (1 << 20) / 1e9 for gpu, mib in ask_driver("--query-gpu=index,memory.used")}
+    for pid, mib in ask_driver("--query-compute-apps=pid,used_memory"):
+        words = Path(f"/proc/{pid}/cmdline")
+        program = "train.py" if words.is_file() and "train.py" in words.read_text(errors="replace") else "others"
+        found[program] = found.get(program, 0.0) + mib * (1 << 20) / 1e9
+    return found
+
+
+def ask_driver(query: str) -> Iterator[tuple[str, float]]:
+    """Pairs that nvidia-smi answers; one whose number it does not know is left out."""
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        name, number = line.split(", ")
+        if number.isdecimal():
+            yield name, float(number)
 
 
 # -- what came of it ----------------------------------------------------------------------------------------------
