@@ -16,8 +16,8 @@ LENGTHS = (8192, 4096, 2048, 1024, 512, 256, 128, 64, 64)  # 16,384 tokens: one 
 
 
 def where() -> dict[str, str | int]:
-    """What a figure depends on: the ranks, torch, and the GPU if there is one."""
-    found: dict[str, str | int] = {"ranks": parallel.world_size(), "torch": torch.__version__}
+    """What a figure depends on: how many processes compute it, torch, and the GPU if there is one."""
+    found: dict[str, str | int] = {"processes": parallel.world_size(), "torch": torch.__version__}
     return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
