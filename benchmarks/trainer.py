@@ -42,7 +42,7 @@ from benchmarks.engine_load import busy_seconds
 from benchmarks.mfu import LENGTHS, SHAPES, among, mfu, where
 from minitau import attention, batch, config, memory, parallel, run
 from minitau.attention import has_kernel
-from minitau.head import HeadLogprobs
+from minitau.head import HeadLogprobs, WeightedLogprobs
 from minitau.model import ModelConfig, Qwen3, init_weights
 
 # -- a run without a folder --------------------------------------------------------------------------------
@@ -245,15 +245,17 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     found["needs_gb"] = {k: v / 1e9 for k, v in vars(memory.needs(shape, sum(lengths), 1)).items()}
     del opened
     free_everything()
-    found["head_extra_gb"] = {
-        str(size): head_extra_gb(shape, size, sum(lengths), getattr(torch, args.dtype))
-        for size in (shape.vocab_size // 4, shape.vocab_size, 4 * shape.vocab_size)
-    }
+    for name, weighted in (("head_extra_gb", False), ("head_of_sft_extra_gb", True)):
+        found[name] = {
+            str(size): head_extra_gb(shape, size, sum(lengths), getattr(torch, args.dtype), weighted)
+            for size in (shape.vocab_size // 4, shape.vocab_size, 4 * shape.vocab_size)
+        }
     return found
 
 
-def head_extra_gb(shape: ModelConfig, vocabulary: int, tokens: int, dtype: torch.dtype) -> float:
-    """Peak memory of the head's forward and backward, less its inputs and the gradient of its weight."""
+def head_extra_gb(shape: ModelConfig, vocabulary: int, tokens: int, dtype: torch.dtype, weighted: bool) -> float:
+    """Peak memory of the head's forward and backward, less its inputs and the gradient of its weight. weighted: of
+    SFT's, which knows the weights of its log-probabilities before."""
     device = parallel.device()
     hidden = torch.randn(tokens, shape.hidden_size, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocabulary, shape.hidden_size, device=device, dtype=dtype, requires_grad=True)
@@ -262,8 +264,13 @@ def head_extra_gb(shape: ModelConfig, vocabulary: int, tokens: int, dtype: torch
         hidden.grad = weight.grad = None
         free_everything()
         before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-        logprobs, _ = HeadLogprobs.apply(hidden, weight, targets, 1.0)
-        logprobs.sum().backward()
+        if weighted:
+            mean, *_ = WeightedLogprobs.apply(
+                hidden, weight, targets, torch.full((tokens,), 1 / tokens).to(device), 1.0
+            )
+        else:
+            mean = HeadLogprobs.apply(hidden, weight, targets, 1.0)[0].mean()
+        mean.backward()
         peak = peak_gb() - before / 1e9
     of_weight = weight.numel() * (4 + dtype.itemsize) / 1e9  # its gradient, as sum in fp32 and as result
     return peak - of_weight
@@ -304,15 +311,16 @@ def measure_numbers(args: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cuda":
         half.compile_blocks()
     gradients = {}
-    for name, keep, stance in (
-        ("compiled", float("inf"), "default"),
-        ("compiled, once more", float("inf"), "default"),  # attention's backward adds up in any order
-        ("compiled, recomputed", 0, "default"),
-        ("eager", float("inf"), "force_eager"),
+    for name, keep, stance, weighted in (
+        ("compiled", float("inf"), "default", False),
+        ("compiled, once more", float("inf"), "default", False),  # attention's backward adds up in any order
+        ("compiled, recomputed", 0, "default", False),
+        ("compiled, SFT's head", float("inf"), "default", True),
+        ("eager", float("inf"), "force_eager", False),
     ):
         torch.compiler.set_stance(stance)
         half.keep = keep
-        gradients[name], logprobs = gradient_of(half, [mb], "bfloat16")
+        gradients[name], logprobs = gradient_of(half, [mb], "bfloat16", weighted=weighted)
         found[f"bf16, {name}"] = difference(logprobs, reference) | {
             "gradient_relative_to_fp32": relative(gradients[name], gradient32),
             "gradient_relative_to_compiled": relative(gradients[name], gradients["compiled"]),
@@ -336,13 +344,19 @@ def gradient_of(
     dtype: str,
     backward: Callable[[Tensor], None] = Tensor.backward,
     tokens: int = 0,
+    weighted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the mean log-probability, see taken_gradient; and the log-probabilities of the last micro-batch.
-    tokens: over which it is the mean, if not those of `mbs`."""
+    tokens: over which it is the mean, if not those of `mbs`. weighted: by SFT's head, which knows the weights before."""
     model.zero_grad()
+    tokens = tokens or sum(len(each.targets_N) for each in mbs)
     for mb in mbs:
-        logprobs_N, _ = run.forward(model, mb, 1.0, dtype)
-        backward(logprobs_N.sum() / (tokens or sum(len(each.targets_N) for each in mbs)))
+        if weighted:
+            mean, logprobs_N, _ = run.forward(model, mb, 1.0, dtype, torch.full_like(mb.weights_N, 1 / tokens))
+        else:
+            logprobs_N, _ = run.forward(model, mb, 1.0, dtype)
+            mean = logprobs_N.sum() / tokens
+        backward(mean)
     return taken_gradient(model), logprobs_N.detach()
 
 
@@ -406,6 +420,7 @@ TOLERANCES = {
         "bf16, compiled": {"mean": 0.06, "gradient_relative_to_fp32": 0.12},
         "bf16, compiled, once more": {"gradient_relative_to_compiled": 0.05},
         "bf16, compiled, recomputed": {"mean": 0.06, "gradient_relative_to_compiled": 0.12},
+        "bf16, compiled, SFT's head": {"mean": 0.06, "gradient_relative_to_compiled": 0.05},
         "bf16, eager": {"mean": 0.06, "gradient_relative_to_compiled": 0.12},
     },
     "ranks": {
