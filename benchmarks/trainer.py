@@ -347,7 +347,7 @@ def gradient_of(
     weighted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the mean log-probability, see taken_gradient; and the log-probabilities of the last micro-batch.
-    tokens: over which it is the mean, if not those of `mbs`. weighted: by SFT's head, which knows the weights before."""
+    tokens: over which it is the mean, if not those of `mbs`. weighted: by SFT's head, to which weights come first."""
     model.zero_grad()
     tokens = tokens or sum(len(each.targets_N) for each in mbs)
     for mb in mbs:
