@@ -276,7 +276,7 @@ def visible(gpus: Sequence[str]) -> dict[str, str]:
         return {}
     here = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = here.split(",") if here else [str(i) for i in range(torch.cuda.device_count())]
-    if bad := [gpu for gpu in gpus if not gpu.isdecimal() or (names and int(gpu) >= len(names))]:
+    if bad := [gpu for gpu in gpus if names and int(gpu) >= len(names)]:
         raise BadInput(f"--gpus {bad[0]}: there are {len(names)} GPUs here, numbered from 0")
     return {"CUDA_VISIBLE_DEVICES": ",".join(names[int(gpu)] if names else gpu for gpu in gpus)}
 
@@ -284,8 +284,6 @@ def visible(gpus: Sequence[str]) -> dict[str, str]:
 def gpu_groups(cfg: config.Server) -> list[Sequence[str]]:
     """The GPUs of each copy of the model; one copy on none where there is none. Raises BadInput."""
     gpus = cfg.gpus or tuple(map(str, range(torch.cuda.device_count())))
-    if len(set(gpus)) < len(gpus):
-        raise BadInput(f"--gpus {','.join(gpus)}: a GPU is named twice")
     if len(gpus) % cfg.tp:
         raise BadInput(f"--tp {cfg.tp} does not divide {len(gpus)} GPUs; name others with --gpus")
     return [gpus[i : i + cfg.tp] for i in range(0, len(gpus), cfg.tp)] or [()]

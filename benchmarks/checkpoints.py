@@ -7,7 +7,8 @@ Random fp32 weights and AdamW's moments after one step, through checkpoint.begin
 commands print one JSON object, and end with status 1 if something did not come back. What was written is known by sums
 over the bits of every tensor, which are the same on any number of ranks; where it is read again on the ranks that wrote
 it, also every bit is compared. With --engine-command "python -m sglang.launch_server" SGLang serves the checkpoint's
-Hugging Face directory, and what it samples is looked at through the weights that were read.
+Hugging Face directory, and what it samples is looked at through the weights that were read: status 1 if they disagree
+by more than --max-drift allows in training.
 
 `--shape tiny` runs the same on a CPU, to see that it works.
 """
@@ -146,7 +147,8 @@ def main() -> int:
         parallel.stop()
     if parallel.is_main():
         print(json.dumps(result, indent=1))
-    return int(not (result["sums_are_those_written"] and result.get("every_bit_is_back", True)))
+    back = result["sums_are_those_written"] and result.get("every_bit_is_back", True)
+    return int(not (back and result.get("served_drift", 0.0) <= config.GRPO.max_drift))
 
 
 if __name__ == "__main__":

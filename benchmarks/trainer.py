@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -465,7 +466,7 @@ def main() -> int:
     try:
         for part in args.parts:
             result[part] = PARTS[part](args)
-            result["exceeded"] += exceeded(part, result[part])
+            result["exceeded"] += itertools.chain(*parallel.gather(exceeded(part, result[part])))
             free_everything()
             if args.out and parallel.is_main():
                 Path(args.out).write_text(json.dumps(result, indent=1))

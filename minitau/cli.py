@@ -233,10 +233,11 @@ def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
 def check_engines(values: dict[str, Any]) -> None:
     """Raise BadInput for servers that cannot be where they are said to be, or do all that is asked of them."""
     gpus, urls, sleep = (values.get(f"engine_{name}") for name in ("gpus", "url", "sleep"))
-    if gpus and not all(gpu.isdecimal() for gpu in gpus):
-        raise BadInput(f"--engine-gpus {','.join(gpus)}: GPUs are named by numbers, as in 4,5,6,7")
-    if gpus and len({int(gpu) for gpu in gpus}) < len(gpus):
-        raise BadInput(f"--engine-gpus {','.join(gpus)}: a GPU is named twice")
+    for flag, named in (("--engine-gpus", gpus), ("--gpus", values.get("gpus"))):
+        if named and not all(gpu.isdecimal() for gpu in named):
+            raise BadInput(f"{flag} {','.join(named)}: GPUs are named by numbers, as in 4,5,6,7")
+        if named and len({int(gpu) for gpu in named}) < len(named):
+            raise BadInput(f"{flag} {','.join(named)}: a GPU is named twice")
     if urls and len({url.rstrip("/") for url in urls}) < len(urls):
         raise BadInput(f"--engine-url {','.join(urls)}: a server is named twice")
     if gpus and urls:

@@ -22,7 +22,7 @@ import warm
 from conftest import FAKE_SGLANG, FOR_THE_FAKE, ROOT
 
 import serve_user
-from minitau import config
+from minitau import cli, config
 from minitau.chat import load_chat
 from minitau.checkpoint import load_model
 from minitau.engines import open_engine
@@ -482,10 +482,14 @@ def test_it_takes_the_gpus_that_are_visible(monkeypatch):
         copies(tp=3)
     with pytest.raises(BadInput, match="--gpus 4: there are 4 GPUs here, numbered from 0"):
         copies(gpus=("0", "4"))
-    with pytest.raises(BadInput, match="--gpus 1,1: a GPU is named twice"):
-        copies(gpus=("1", "1"))
     with pytest.raises(BadInput, match="--log must name a file"):
         copies(log="")
+
+
+@pytest.mark.parametrize(("gpus", "said"), [("1,1", "a GPU is named twice"), ("0,x", "named by numbers")])
+def test_gpus_are_different_numbers(gpus, said):
+    with pytest.raises(BadInput, match=f"--gpus {gpus}: .*{said}"):
+        cli.check(config.Server(model="m", gpus=tuple(gpus.split(","))))
 
 
 def test_every_port_must_be_free(base, tmp_path, monkeypatch):
