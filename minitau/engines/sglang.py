@@ -108,6 +108,7 @@ class SGLangEngine(Upkeep):
 
         Raises EngineError, on every rank, if one rank's server takes no weights or died too often.
         """
+        torch.cuda.empty_cache()  # what training left cached in this process is not free for a server on its GPU
         self.wake()
         self.version, self.deaths = version, 0
         if not self.takes_weights:
@@ -158,7 +159,6 @@ class SGLangEngine(Upkeep):
 
     def wake(self) -> None:
         if self.asleep:
-            torch.cuda.empty_cache()  # what training left cached in this process is not free for the server
             if self.host is not None:
                 parallel.barrier()  # it is free on the guests' GPUs as well
             if self.leads:
