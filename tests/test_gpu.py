@@ -136,7 +136,7 @@ def test_grpo_over_nccl(tiny_dir, tmp_path, ranks, dtype):
         f"--stage grpo --dtype {dtype} --steps 2 --tasks 8 --tasks-per-step 4 --group-size 2 --no-dynamic-sampling "
         "--lr 1e-3 --max-new-tokens 24 --updates-per-step 2 --recompute all"
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [*torchrun, "train.py", "--model", str(tiny_dir), "--out", str(out), *flags.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
