@@ -40,6 +40,7 @@ SYNC = 8.04e9 / 0.067  # bytes/s to a server: benchmarks/engine.py, one GPU
 GATHER = 4.02e9 / 0.012  # bytes/s that a GPU gets of others' FSDP2 shards: the same, two GPUs with NVLink
 SEVERAL = 0.95  # of one GPU's speed where FSDP2 moves weights and gradients: benchmarks/trainer.py, two GPUs
 DISK = 0.87e9  # bytes/s of a checkpoint, all ranks together: benchmarks/checkpoints.py, one machine's disk
+DISK_BESIDE = 0.7e9  # while a rollout goes on: 0.81e9 and 0.60e9 in two runs of benchmarks/whole_step.py
 # Not measured yet:
 RESERVED = 0.6e9  # bytes of a GPU that its driver keeps
 CONTEXT = 0.5e9  # of each process that uses a GPU

@@ -136,9 +136,9 @@ def checkpoint_bytes(shape: ModelConfig) -> int:
 def saving(case: Case, beside: float = 0.0) -> Part:
     """What the update has to wait for it: it is written while the next batch is played, for `beside` seconds."""
     size, every = checkpoint_bytes(case.shape), case.cfg.save_every
-    seconds = max(0.0, size / pace.DISK - beside)
-    less = f", less the {beside:.0f} s that a rollout goes on beside" if beside else ""
-    return Part("checkpoint", seconds / every, f"{gb(size)} / {gb(pace.DISK)}/s{less}, every {every} steps")
+    seconds = max(0.0, size - beside * pace.DISK_BESIDE) / pace.DISK
+    left = f"({gb(size)} - {beside:.0f} s of a rollout x {gb(pace.DISK_BESIDE)}/s)" if beside else gb(size)
+    return Part("checkpoint", seconds / every, f"{left} / {gb(pace.DISK)}/s, every {every} steps")
 
 
 def step_parts(case: Case) -> list[Part]:
