@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from minitau import checkpoint, cli, config, parallel, rollout, tau2_results
+from minitau import checkpoint, cli, config, parallel, pretrained, rollout, tau2_results
 from minitau.chat import Chat
 from minitau.engines import check_engine, open_engine
 from minitau.envs import open_world
@@ -101,11 +101,11 @@ def open_policy(cfg: config.Evaluation) -> tuple[Qwen3 | None, Chat]:
     if not cfg.model:
         raise BadInput("--model is needed to evaluate a policy; --agent gold, refuse or transfer needs none")
     chat = open_chat(cfg.model, cfg.dialect)
-    chat.check_vocabulary(checkpoint.read_config(cfg.model).vocab_size)
+    chat.check_vocabulary(pretrained.read_config(cfg.model).vocab_size)
     check_engine(cfg, takes_weights=False)
     if cfg.engine == "sglang":
         return None, chat  # the server reads the weights itself
-    model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype))
+    model = pretrained.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype))
     return model.requires_grad_(False), chat
 
 

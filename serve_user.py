@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from minitau import checkpoint, cli, config, parallel
+from minitau import cli, config, parallel, pretrained
 from minitau.chat import Chat
 from minitau.conversations import read_message
 from minitau.engines import open_engine
@@ -154,7 +154,7 @@ def serve_local(cfg: config.Server) -> None:
     """Serve from this process until ctrl-C. Raises BadInput."""
     require_free(cfg.port)
     chat = open_chat(cfg.model, "native")
-    model = checkpoint.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype)).requires_grad_(False)
+    model = pretrained.load_model(cfg.model).to(parallel.device(), getattr(torch, cfg.dtype)).requires_grad_(False)
     chat.check_vocabulary(model.cfg.vocab_size)
     try:
         engine = open_engine(cfg, model, chat.stop_ids)
@@ -323,7 +323,7 @@ def main(argv: list[str]) -> None:
     cfg = cli.parse(config.Server, "serve_user.py", "Serve a user simulator over HTTP.", argv)
     if not cfg.model:
         raise BadInput("--model is needed")
-    checkpoint.read_config(cfg.model)  # before anything slow
+    pretrained.read_config(cfg.model)  # before anything slow
     {"sglang": serve_sglang, "local": serve_local}[cfg.engine](cfg)
 
 

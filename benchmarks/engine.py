@@ -49,7 +49,7 @@ import torch
 
 from benchmarks.engine_load import Load, measure_rollout
 from benchmarks.mfu import SHAPES, among, where
-from minitau import batch, checkpoint, config, parallel, probe, rollout, run, tiny
+from minitau import batch, config, parallel, pretrained, probe, rollout, run, tiny
 from minitau.chat import Chat, load_chat
 from minitau.engines import handover
 from minitau.engines.launch import open_sglang
@@ -78,12 +78,12 @@ def open_both(args: argparse.Namespace) -> tuple[Qwen3, Chat, SGLangEngine, Simp
     if parallel.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         tiny.write_tokenizer(folder, ["Hello there, how can I help you today? " * 9], 300)
-        checkpoint.write_config(folder, shape, torch.bfloat16, folder)
+        pretrained.write_config(folder, shape, torch.bfloat16, folder)
     with torch.device(parallel.device()):
         model = Qwen3(shape)
     init_weights(model, 0)
     if args.shape == "tiny" and parallel.is_main():  # the stand-in starts from a file
-        checkpoint.save_pretrained(folder, shape, model.named_parameters(), torch.float32, folder)
+        pretrained.save_model(folder, shape, model.named_parameters(), torch.float32, folder)
     parallel.barrier()  # the files are there
     cfg = config.GRPO(
         model=str(folder),

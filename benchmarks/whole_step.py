@@ -38,7 +38,7 @@ import torch
 
 from benchmarks.mfu import SHAPES, where
 from benchmarks.trainer import random_model
-from minitau import checkpoint, cli, config, plan, tiny
+from minitau import cli, config, plan, pretrained, tiny
 from minitau.budget import Case
 from minitau.episode import BadInput, Trajectory
 from minitau.log import run_script, whole_lines
@@ -62,7 +62,7 @@ def make_model(folder: Path, shape: str, domains: tuple[str, ...]) -> None:
     model = random_model(SHAPES[shape])
     with torch.no_grad():
         model.model.embed_tokens.weight[tokenizer.eos_token_id] *= END
-    checkpoint.save_pretrained(folder, model.cfg, model.named_parameters(), torch.bfloat16, folder)
+    pretrained.save_model(folder, model.cfg, model.named_parameters(), torch.bfloat16, folder)
 
 
 def fill(path: Path, size: int) -> None:
@@ -221,7 +221,7 @@ def computed(args: argparse.Namespace, model: Path, out: Path, told: dict[str, A
     dry = config.DryRun(
         gpus=args.ranks, gpu=args.gpu, user_mem=args.user_mem, user_seconds=told["user_seconds"], **numbers
     )
-    parts = plan.step_parts(Case(stage, cfg, checkpoint.read_config(model), dry))
+    parts = plan.step_parts(Case(stage, cfg, pretrained.read_config(model), dry))
     return {part.name: part.amount for part in parts}
 
 

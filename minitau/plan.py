@@ -12,7 +12,7 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
-from minitau import checkpoint, config, memory, pace
+from minitau import config, memory, pace, pretrained
 from minitau.budget import (
     Case,
     Part,
@@ -241,7 +241,7 @@ def times(case: Case) -> list[str]:
 
 def show(stage: str, cfg: Any, told: config.DryRun) -> None:
     """Print the plan. Raises BadInput for what cannot be planned and, after it, for what does not fit."""
-    case = Case(stage, cfg, checkpoint.read_config(cfg.model), told)
+    case = Case(stage, cfg, pretrained.read_config(cfg.model), told)
     check(case)
     print(text(case))
     if found := problems(case):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitau import batch, checkpoint, claim, config, memory, parallel
+from minitau import batch, checkpoint, claim, config, memory, parallel, pretrained
 from minitau.attention import has_kernel, packed_attention
 from minitau.chat import Chat, load_chat
 from minitau.episode import BadInput, Trajectory
@@ -43,7 +43,7 @@ def open_run(stage: str, cfg: config.Training, **also: str) -> Run:
     `also`: what else makes the run what it is, recorded with its settings.
     """
     chat = open_chat(cfg.model, cfg.dialect)
-    model = checkpoint.load_model(cfg.model)
+    model = pretrained.load_model(cfg.model)
     folder = Path(cfg.out)
     chat.check_vocabulary(model.cfg.vocab_size)
     claim_run_dir(cfg.out, cfg.resume, {"stage": stage, **dataclasses.asdict(cfg), **also})
@@ -73,7 +73,7 @@ def require_no_lost_checkpoint(folder: Path, most: int) -> None:
 
 def open_chat(model_dir: str, dialect: str) -> Chat:
     """The chat of a model's directory; one that holds no Qwen3 is refused before anything slow."""
-    checkpoint.read_config(model_dir)
+    pretrained.read_config(model_dir)
     return load_chat(model_dir, dialect)
 
 
@@ -92,7 +92,7 @@ def claim_run_dir(out: str, resume: bool, settings: dict) -> None:
 def open_reference(cfg: config.Training) -> Qwen3:
     """The starting model, frozen: what KL holds the policy to. Nothing is ever added to it, so that it can be kept in
     the dtype in which it is used."""
-    model = checkpoint.load_model(cfg.model).to(getattr(torch, cfg.dtype))
+    model = pretrained.load_model(cfg.model).to(getattr(torch, cfg.dtype))
     spread(model, cfg)
     return model.requires_grad_(False)
 

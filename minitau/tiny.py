@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from minitau import checkpoint, cli, config, sft
+from minitau import checkpoint, cli, config, pretrained, sft
 from minitau.config import setting
 from minitau.envs import open_world
 from minitau.episode import BadInput
@@ -147,7 +147,7 @@ def make(cfg: Tiny, texts: Iterable[str]) -> Path:
     folder = Path(cfg.out)
     tokenizer = write_tokenizer(folder, texts, cfg.vocab)
     model = random_model(cfg, len(tokenizer), cfg.max_tokens)
-    checkpoint.save_pretrained(folder, model.cfg, model.named_parameters(), torch.float32, folder)
+    pretrained.save_model(folder, model.cfg, model.named_parameters(), torch.float32, folder)
     return folder
 
 

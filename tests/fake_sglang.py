@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from minitau import checkpoint
+from minitau import pretrained
 from minitau.engines.local import LocalEngine
 from minitau.episode import EngineError, Sampling
 from minitau.model import init_weights
@@ -39,7 +39,7 @@ class Fake:
     """The server's state: an engine that ends a reply at the stop tokens of its request."""
 
     def __init__(self, args):
-        self.model = checkpoint.load_model(args.model_path).requires_grad_(False)
+        self.model = pretrained.load_model(args.model_path).requires_grad_(False)
         if args.load_format == "dummy":
             init_weights(self.model, seed=12345)
         self.model.to(getattr(torch, args.dtype))
@@ -159,7 +159,7 @@ class Fake:
         self.version = body["weight_version"]
 
     def load(self, body):
-        self.model.load_state_dict(checkpoint.load_model(body["model_path"]).state_dict())
+        self.model.load_state_dict(pretrained.load_model(body["model_path"]).state_dict())
         self.version = body["weight_version"]
         self.flush()
         return {"success": True, "message": "Succeeded to update model weights."}

@@ -17,7 +17,7 @@ from conftest import SMALL, Allocations, small_model, trajectory
 from torch.distributed.tensor import DTensor
 
 import train
-from minitau import batch, checkpoint, config, grpo, parallel
+from minitau import batch, checkpoint, config, grpo, parallel, pretrained
 from minitau import run as runs
 from minitau.engines.handover import buckets
 
@@ -162,7 +162,7 @@ def full_disk_on(rank: int, folder: Path) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
         save(run, folder, 9)
-    except checkpoint.CheckpointError as error:
+    except pretrained.CheckpointError as error:
         return str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -171,19 +171,19 @@ def full_disk_on(rank: int, folder: Path) -> str:
 
 def lost_model_file(folder: Path) -> str:
     """Save while the first rank cannot write the model's files; what the refusal said."""
-    run, write = new_run(), checkpoint.save_pretrained
+    run, write = new_run(), pretrained.save_model
 
     def refuse(place: Path, cfg: object, weights: Iterator[object], *more: object) -> None:
         next(weights)
         raise OSError("the disk went away")
 
-    checkpoint.save_pretrained = refuse
+    pretrained.save_model = refuse
     try:
         save(run, folder, 9)
-    except checkpoint.CheckpointError as error:
+    except pretrained.CheckpointError as error:
         return str(error)
     finally:
-        checkpoint.save_pretrained = write
+        pretrained.save_model = write
     return "saved"
 
 

@@ -103,7 +103,7 @@ def test_environments_know_episodes_and_themselves_only():
 
 
 def test_a_rollout_knows_no_engine_environment_or_model_by_name():
-    below = {"minitau.model", "minitau.grpo", "minitau.batch", "minitau.checkpoint"}
+    below = {"minitau.model", "minitau.grpo", "minitau.batch", "minitau.checkpoint", "minitau.pretrained"}
     assert not {
         n for n in IMPORTS["minitau.rollout"] if n in below or n.startswith(("minitau.engines", "minitau.envs"))
     }

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from minitau import checkpoint
 from minitau.base import pretrain, words
 from minitau.base.domains import draw_domain
 from minitau.base.talk import YES, Talk, draw_conversation
@@ -21,6 +20,7 @@ from minitau.chat import call_text, load_chat
 from minitau.envs.courier import words as courier
 from minitau.envs.courier.tools import POLICY, TOOLS
 from minitau.episode import BadInput
+from minitau.pretrained import load_model
 from minitau.sft import to_trajectory
 
 BASE = Path(__file__).resolve().parent.parent / "models" / "base"
@@ -203,7 +203,7 @@ def test_pretraining_writes_a_model_with_its_curve_and_scores(pretrained):
     assert [line["step"] for line in record["curve"]] == list(range(1, 11))
     assert record["settings"]["hidden"] == 32 and set(record["held_out"]) == {"loss", "copied_ids", "calls", "speech"}
     assert pretrained.printed.count("loss") >= 10 and "held-out" in pretrained.printed
-    assert checkpoint.load_model(pretrained.out).cfg.hidden_size == 32
+    assert load_model(pretrained.out).cfg.hidden_size == 32
     with pytest.raises(BadInput, match="holds a model already"):
         pretrain.main(["--out", str(pretrained.out), *SMALL.split()])
 
@@ -249,7 +249,7 @@ def test_the_base_model_is_the_same_in_transformers():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    chat, ours = load_chat(BASE, "native"), checkpoint.load_model(BASE)
+    chat, ours = load_chat(BASE, "native"), load_model(BASE)
     talk = conversations(1)[0]
     ids, _ = pretrain.encode(chat, talk)
     messages = [{"role": "system", "content": talk.opening.policy}]

@@ -13,11 +13,11 @@ import torch
 from conftest import SMALL, small_model
 from safetensors.torch import load_file, save_file
 
-from minitau import checkpoint, config, parallel
+from minitau import checkpoint, config, parallel, pretrained
 from minitau import run as runs
 from minitau.attention import packed_attention
-from minitau.checkpoint import CheckpointError
 from minitau.episode import BadInput
+from minitau.pretrained import CheckpointError
 
 # parallel.py silences it for real runs; pytest starts every test with filters of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -164,17 +164,17 @@ def test_nothing_to_load(tmp_path):
 
 def test_the_model_inside_is_a_hugging_face_directory(tmp_path, tiny_dir):
     """In the run's dtype and with the tokenizer, while the state beside it stays fp32."""
-    net = checkpoint.load_model(tiny_dir)
+    net = pretrained.load_model(tiny_dir)
     optimizer = runs.adamw(net, config.SFT())
     place = save(tmp_path, 10, net, optimizer, dtype=torch.bfloat16, tokenizer_dir=Path(tiny_dir))
     assert place == tmp_path / "checkpoints" / "step-000010"
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (place / "model" / file).read_bytes() == (tiny_dir / file).read_bytes()
-    rounded = checkpoint.load_model(place / "model")
+    rounded = pretrained.load_model(place / "model")
     assert rounded.cfg == net.cfg
     assert_holds(rounded, {name: p.bfloat16().float() for name, p in copy_of(net).items()})
     assert {t.dtype for t in load_file(place / "model" / "model.safetensors").values()} == {torch.bfloat16}
-    again = checkpoint.load_model(place / "model")
+    again = pretrained.load_model(place / "model")
     fresh = runs.adamw(again, config.SFT())
     checkpoint.load(tmp_path, again, fresh)
     assert_holds(again, copy_of(net))
@@ -229,8 +229,8 @@ def crash_on_directories(path, target, rename=Path.rename):
 
 CRASHES = {
     "before the state": (parallel, "save_state", crash),
-    "before the model": (checkpoint, "save_pretrained", crash),
-    "inside the model": (checkpoint, "write_config", crash),
+    "before the model": (pretrained, "save_model", crash),
+    "inside the model": (pretrained, "write_config", crash),
     "before state.json": (checkpoint, "write_json", crash),
     "before the rename": (Path, "rename", crash_on_directories),
 }
@@ -271,7 +271,7 @@ def test_leftovers_with_other_contents_do_not_get_into_a_checkpoint(tmp_path):
     (stale / "model-00007-of-00009.safetensors").write_text("half of one")
     assert checkpoint.latest(tmp_path) is None
     place = save(tmp_path, 1, net, optimizer)
-    assert_holds(checkpoint.load_model(place / "model"), copy_of(net))
+    assert_holds(pretrained.load_model(place / "model"), copy_of(net))
     assert not list(place.rglob("*00007*"))
 
 
@@ -389,10 +389,10 @@ def test_a_full_disk_at_the_first_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
 def test_a_full_disk_under_the_model_files(tmp_path, monkeypatch, sharded):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 30_000 if sharded else 4 << 30)
+    monkeypatch.setattr(pretrained, "SHARD_BYTES", 30_000 if sharded else 4 << 30)
     net, _ = new_run()
     with files_of_at_most(10_000), pytest.raises(OSError, match=r"(?i)file too large|os error 27"):
-        checkpoint.save_pretrained(tmp_path / "model", net.cfg, net.named_parameters(), torch.float32, tmp_path)
+        pretrained.save_model(tmp_path / "model", net.cfg, net.named_parameters(), torch.float32, tmp_path)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
@@ -487,7 +487,7 @@ REFUSED_WEIGHTS = {
 def good_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good") / "model"
     net = small_model()
-    checkpoint.save_pretrained(folder, net.cfg, net.named_parameters(), torch.float32, folder)
+    pretrained.save_model(folder, net.cfg, net.named_parameters(), torch.float32, folder)
     return folder
 
 
@@ -504,7 +504,7 @@ def test_refused_configs(tmp_path, good_dir, case):
     spoil, words = REFUSED_CONFIGS[case]
     folder = shutil.copytree(good_dir, tmp_path / "model")
     spoil(folder)
-    for read in (checkpoint.read_config, checkpoint.load_model):
+    for read in (pretrained.read_config, pretrained.load_model):
         with pytest.raises(CheckpointError) as refusal:
             read(folder)
         assert_one_line(refusal, folder, words)
@@ -516,13 +516,13 @@ def test_refused_weights(tmp_path, good_dir, case):
     folder = shutil.copytree(good_dir, tmp_path / "model")
     spoil(folder)
     with pytest.raises(CheckpointError) as refusal:
-        checkpoint.load_model(folder)
+        pretrained.load_model(folder)
     assert_one_line(refusal, folder, words)
 
 
 def test_no_directory_at_all(tmp_path):
     with pytest.raises(CheckpointError) as refusal:
-        checkpoint.load_model(tmp_path / "nowhere")
+        pretrained.load_model(tmp_path / "nowhere")
     assert_one_line(refusal, tmp_path / "nowhere", ["no such directory"])
 
 
@@ -542,15 +542,15 @@ ACCEPTED = {
 def test_accepted_directories(tmp_path, good_dir, case):
     folder = shutil.copytree(good_dir, tmp_path / "model")
     ACCEPTED[case](folder)
-    net = checkpoint.load_model(folder)
+    net = pretrained.load_model(folder)
     assert net.cfg == small_model().cfg
     assert_holds(net, copy_of(small_model()))
 
 
 def test_half_precision_files_become_fp32(tmp_path):
     net = small_model()
-    checkpoint.save_pretrained(tmp_path, net.cfg, net.named_parameters(), torch.bfloat16, tmp_path)
-    loaded = checkpoint.load_model(tmp_path)
+    pretrained.save_model(tmp_path, net.cfg, net.named_parameters(), torch.bfloat16, tmp_path)
+    loaded = pretrained.load_model(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in loaded.parameters())
     assert_holds(loaded, {name: p.bfloat16().float() for name, p in copy_of(net).items()})

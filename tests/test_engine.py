@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import sglang_server, small_model
 
-from minitau import checkpoint, config, engines
+from minitau import config, engines, pretrained
 from minitau.attention import packed_attention
 from minitau.engines.local import CACHE_STEP, SHARED_PREFIX, LocalEngine
 from minitau.engines.rounded import rounded
@@ -42,7 +42,7 @@ def reference():
 def server(reference, tmp_path_factory):
     """A server with the reference's weights, for all tests of this file."""
     folder = tmp_path_factory.mktemp("server")
-    checkpoint.save_pretrained(folder, reference.cfg, reference.named_parameters(), torch.float32, folder)
+    pretrained.save_model(folder, reference.cfg, reference.named_parameters(), torch.float32, folder)
     with sglang_server(folder, folder / "server.log", context=2048) as server:
         yield server
 

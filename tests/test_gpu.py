@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import FAKE_SGLANG, FOR_THE_FAKE
 
-from minitau import checkpoint
+from minitau import pretrained
 from minitau.attention import causal_sdpa, packed_attention
 from minitau.chat import load_chat
 from minitau.engines.local import LocalEngine
@@ -108,7 +108,7 @@ def test_bf16_on_gpu_is_near_fp32_on_cpu():
 def test_engine_on_gpu_agrees_with_the_full_forward(tiny_dir):
     """fp32 on CUDA: what the engine says of its samples is what an uncached forward says."""
     chat = load_chat(tiny_dir, "native")
-    model = checkpoint.load_model(tiny_dir).cuda().requires_grad_(False)
+    model = pretrained.load_model(tiny_dir).cuda().requires_grad_(False)
     engine = LocalEngine(model, chat.stop_ids, slots=4, max_context=512)
     try:
         prompt = [Random(0).randrange(model.cfg.vocab_size) for _ in range(80)]
@@ -145,7 +145,7 @@ def test_grpo_over_nccl(tiny_dir, tmp_path, ranks, dtype):
     assert lines[1]["weight_versions"] == [1]
     # Engine and trainer both round to bf16, in different orders; stale or missing weights would be far off.
     assert all(line["drift"] < 0.05 for line in lines), [line["drift"] for line in lines]
-    assert checkpoint.load_model(out / "model").cfg == checkpoint.read_config(tiny_dir)
+    assert pretrained.load_model(out / "model").cfg == pretrained.read_config(tiny_dir)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

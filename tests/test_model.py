@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from minitau import checkpoint, head
+from minitau import head, pretrained
 from minitau.attention import causal_sdpa, packed_attention
 from minitau.head import HeadLogprobs, WeightedLogprobs
 from minitau.model import ModelConfig, Qwen3, RMSNorm, init_weights, rope_tables
@@ -89,7 +89,7 @@ def test_loads_what_transformers_saves(tmp_path, heads, tied, sharded):
             parameter.mul_(6.0) if parameter.ndim > 1 else parameter.add_(0.3 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path, max_shard_size="20KB" if sharded else "1GB")
     assert (tmp_path / "model.safetensors.index.json").is_file() == sharded
-    ours = checkpoint.load_model(tmp_path)
+    ours = pretrained.load_model(tmp_path)
     assert ours.cfg == ModelConfig(**{**SMALL, **shape, "rms_norm_eps": 1e-3, "tie_word_embeddings": tied})
     ids = random_ids(40)
     with torch.no_grad():
@@ -103,9 +103,9 @@ def test_loads_what_transformers_saves(tmp_path, heads, tied, sharded):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_transformers_loads_what_we_save(tmp_path, monkeypatch, tied, sharded):
     if sharded:
-        monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+        monkeypatch.setattr(pretrained, "SHARD_BYTES", 20_000)
     ours = small_model(tie_word_embeddings=tied, rms_norm_eps=1e-3)
-    checkpoint.save_pretrained(tmp_path, ours.cfg, ours.named_parameters(), torch.float32, tmp_path)
+    pretrained.save_model(tmp_path, ours.cfg, ours.named_parameters(), torch.float32, tmp_path)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     if sharded:
         assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
@@ -120,7 +120,7 @@ def test_transformers_loads_what_we_save(tmp_path, monkeypatch, tied, sharded):
     with torch.no_grad():
         expected = theirs.eval()(ids[None]).logits[0]
         found = logits_of(ours, ids)
-        again = logits_of(checkpoint.load_model(tmp_path), ids)
+        again = logits_of(pretrained.load_model(tmp_path), ids)
     assert expected.std() > 0.5
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert torch.equal(found, again)
@@ -129,7 +129,7 @@ def test_transformers_loads_what_we_save(tmp_path, monkeypatch, tied, sharded):
 def test_gradients_equal_those_of_transformers(tmp_path):
     """The values could agree and a detach could still hide in our code."""
     ours = small_model()
-    checkpoint.save_pretrained(tmp_path, ours.cfg, ours.named_parameters(), torch.float32, tmp_path)
+    pretrained.save_model(tmp_path, ours.cfg, ours.named_parameters(), torch.float32, tmp_path)
     theirs = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ids = random_ids(30)
     loss_of(ours, [ids]).backward()

@@ -11,7 +11,7 @@ import torch
 import warm
 from conftest import SMALL, small_model
 
-from minitau import checkpoint, parallel
+from minitau import checkpoint, parallel, pretrained
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_one_process_goes_on_on_two_ranks(two, one):
 def test_the_model_written_by_two_ranks_is_whole(two):
     folder, first, _ = two
     place = checkpoint.latest(folder / "by-two")
-    assert_same(dict(checkpoint.load_model(place / "model").named_parameters()), first["at three"])
+    assert_same(dict(pretrained.load_model(place / "model").named_parameters()), first["at three"])
     assert [path.name for path in (folder / "by-two" / "checkpoints").iterdir()] == ["step-000003"]
 
 

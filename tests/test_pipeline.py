@@ -12,7 +12,7 @@ import warm
 
 import eval as evaluation
 import train
-from minitau import checkpoint, cli, config, demo, sft, study
+from minitau import cli, config, demo, pretrained, sft, study
 from minitau.curriculum import Curriculum
 from minitau.envs import open_world
 from minitau.envs.courier.tasks import TURNS
@@ -278,7 +278,7 @@ def test_a_budget_holds_over_a_resume(ran, played, tmp_path):
     for steps in ("2", "9", "9"):
         train.main([*flags, "--out", str(tmp_path / "b"), "--steps", steps, "--episodes", "13"])
     assert episodes_played(tmp_path / "b") == 18
-    ours, theirs = (dict(checkpoint.read_safetensors(tmp_path / name / "model")) for name in "ab")
+    ours, theirs = (dict(pretrained.read_safetensors(tmp_path / name / "model")) for name in "ab")
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
@@ -355,5 +355,5 @@ def test_grpo_under_torchrun(tiny_dir, tmp_path):
         sampled = [[p for p, says in zip(t["logprobs"], t["said"]) if says] for _, t in pairs]
         drifts = [abs(a - b) for (old, _), said in zip(pairs, sampled) for a, b in zip(old, said, strict=True)]
         assert sum(drifts) / len(drifts) == pytest.approx(line["drift"], rel=1e-3)
-    trained, start = checkpoint.load_model(out / "model"), checkpoint.load_model(tiny_dir)
+    trained, start = pretrained.load_model(out / "model"), pretrained.load_model(tiny_dir)
     assert not trained.head_weight.equal(start.head_weight)

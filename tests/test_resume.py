@@ -14,7 +14,7 @@ import pytest
 import torch
 import warm
 
-from minitau import checkpoint, sft
+from minitau import pretrained, sft
 from minitau.log import whole_lines
 
 # Flags of each stage, and how many lines of metrics it writes.
@@ -78,15 +78,15 @@ def test_kill_and_resume(stage, tiny_dir, data, tmp_path):
     where = f"killed after {lines} lines and {0.5 * moment:.3f} s, when {logged} were logged"
     assert len(metrics(whole)) == STAGES[stage][1]
     assert metrics(broken) == metrics(whole), where
-    ours, theirs = (dict(checkpoint.read_safetensors(out / "model")) for out in (broken, whole))
+    ours, theirs = (dict(pretrained.read_safetensors(out / "model")) for out in (broken, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), where
-    start_weights = dict(checkpoint.read_safetensors(tiny_dir))
+    start_weights = dict(pretrained.read_safetensors(tiny_dir))
     assert any(not torch.equal(ours[name], start_weights[name]) for name in ours), "the run trained nothing"
 
 
 SLOW_DISK = """
 import os, signal, sys, threading, time, train
-from minitau import checkpoint, log, rollout
+from minitau import checkpoint, pretrained, log, rollout
 write, collect, events = checkpoint.write, rollout.collect, []
 def slow(run_dir, step, fill, keep):
     time.sleep(3)

@@ -16,7 +16,6 @@ from conftest import trajectory as finished
 
 from minitau import config, rollout
 from minitau.chat import Chat, load_chat
-from minitau.checkpoint import load_model
 from minitau.engines.local import LocalEngine
 from minitau.envs.courier import Courier
 from minitau.envs.courier.world import CourierEnv
@@ -34,6 +33,7 @@ from minitau.episode import (
     Turn,
     UserError,
 )
+from minitau.pretrained import load_model
 from minitau.rollout import Limits, Stage, collect, play
 
 WORLD = Courier()

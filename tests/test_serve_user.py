@@ -24,11 +24,11 @@ from conftest import FAKE_SGLANG, FOR_THE_FAKE, ROOT
 import serve_user
 from minitau import cli, config
 from minitau.chat import load_chat
-from minitau.checkpoint import load_model
 from minitau.engines import open_engine
 from minitau.envs.courier.tools import schemas
 from minitau.episode import BadInput, Call, Completion, EngineError, Message
 from minitau.log import run_script
+from minitau.pretrained import load_model
 
 TALK = [
     {"role": "system", "content": "You are Ada. You want 787."},

@@ -29,7 +29,7 @@ import warm
 from conftest import FAKE_SGLANG, FOR_THE_FAKE, ROOT, Allocations, child_of, small_model
 from test_engine import STOP, error_of, some_ids
 
-from minitau import checkpoint, config, parallel, probe
+from minitau import checkpoint, config, parallel, pretrained, probe
 from minitau.chat import load_chat
 from minitau.engines import server as server_module
 from minitau.engines import upkeep
@@ -53,7 +53,7 @@ def reference():
 @pytest.fixture(scope="module")
 def model_dir(reference, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    checkpoint.save_pretrained(folder, reference.cfg, reference.named_parameters(), torch.float32, folder)
+    pretrained.save_model(folder, reference.cfg, reference.named_parameters(), torch.float32, folder)
     return folder
 
 
@@ -439,7 +439,7 @@ def test_an_engine_that_was_not_opened_to_sleep_does_not(engine, monkeypatch):
 @pytest.fixture(scope="module")
 def policy(tiny_dir, tmp_path_factory):
     """What the probe takes of a run, its settings, and an engine of the same model."""
-    model = checkpoint.load_model(tiny_dir).requires_grad_(False)
+    model = pretrained.load_model(tiny_dir).requires_grad_(False)
     chat = load_chat(tiny_dir, "native")
     log = tmp_path_factory.mktemp("probed") / "log"
     size = {"vocab_size": model.cfg.vocab_size, "max_context": 1024, "dtype": torch.float32, "timeout": 60.0}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from minitau import checkpoint, cli, parallel, tiny
+from minitau import checkpoint, cli, parallel, pretrained, tiny
 from minitau.attention import packed_attention
 from minitau.base import words
 from minitau.base.talk import draw_conversation
@@ -283,8 +283,8 @@ def main(argv: list[str]) -> None:
     for kind_V in (ids_V, ~ids_V):  # training only pushed the tokens that it never met away
         generator = torch.Generator().manual_seed(cfg.seed)
         redraw(weights["model.embed_tokens.weight"], kind_V & ~seen_V, kind_V & seen_V, generator)
-    checkpoint.save_pretrained(folder, model.cfg, weights.items(), torch.bfloat16, folder)
-    held_out = scores(cfg, checkpoint.load_model(folder).requires_grad_(False), chat)
+    pretrained.save_model(folder, model.cfg, weights.items(), torch.bfloat16, folder)
+    held_out = scores(cfg, pretrained.load_model(folder).requires_grad_(False), chat)
     print(f"held-out domains: {json.dumps(held_out)}")
     settings = {**dataclasses.asdict(cfg), "out": ""}
     checkpoint.write_json(folder / "pretraining.json", {"settings": settings, "curve": curve, "held_out": held_out})

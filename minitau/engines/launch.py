@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from minitau import parallel
-from minitau.checkpoint import read_config
 from minitau.engines.server import HOST, Server
 from minitau.engines.sglang import SGLangEngine
 from minitau.episode import BadInput
 from minitau.model import ModelConfig
+from minitau.pretrained import read_config
 
 CONTEXT_SLACK = 8  # tokens beyond our own limit, so that the server's never cuts a reply
 # A tiny model's config may name fewer positions than it is asked for; RoPE has no such limit.
