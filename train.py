@@ -121,7 +121,7 @@ def train_grpo(cfg: config.GRPO) -> None:
             if cfg.updates_per_step > 1:
                 updates = [[score(run.model, mb, cfg, "old_N") for mb in mbs] for mbs in updates]
         with clock.phase("checkpoint"):
-            checkpoint.finish()  # the last one, of weights that now change: most often it is there long since
+            checkpoint.wait_until_copied()  # of weights that now change: most often it is long since
         old: list[Tensor] = []  # what the trainer thought of every token before its update: kept for people to read
         with clock.phase("update"):
             loss_of = partial(grpo_loss, run.model, cfg=cfg, record=old)
@@ -371,7 +371,7 @@ def fit(run: Run, cfg: config.SFT | config.RFT, trajectories: list[Trajectory], 
         chosen = order[position * cfg.batch_size : (position + 1) * cfg.batch_size]
         said = max(1, sum(sum(t.said) for t in chosen))
         with clock.phase("checkpoint"):
-            checkpoint.finish()  # of weights that now change
+            checkpoint.wait_until_copied()  # of weights that now change
         with clock.phase("update"):
             mbs = micro_batches(cfg, [batch.Sample(t, weight=1.0 / said) for t in chosen])
             losses = update(run, cfg, mbs, lambda mb: sft_loss(run.model, mb, cfg.dtype), cosine(done, total, cfg))

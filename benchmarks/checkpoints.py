@@ -3,12 +3,12 @@
     torchrun --nproc_per_node 2 -m benchmarks.checkpoints --work DIR     # writes, forgets, reads
     python -m benchmarks.checkpoints --work DIR --read                   # reads on one GPU what two have written
 
-Random fp32 weights and AdamW's moments after one step, through checkpoint.begin, finish and load as they are. Both
-commands print one JSON object, and end with status 1 if something did not come back. What was written is known by sums
-over the bits of every tensor, which are the same on any number of ranks; where it is read again on the ranks that wrote
-it, also every bit is compared. With --engine-command "python -m sglang.launch_server" SGLang serves the checkpoint's
-Hugging Face directory, and what it samples is looked at through the weights that were read: status 1 if they disagree
-by more than --max-drift allows in training.
+Random fp32 weights and AdamW's moments after one step, through checkpoint.begin, wait_until_copied, finish and load as
+they are. Both commands print one JSON object, and end with status 1 if something did not come back. What was written is
+known by sums over the bits of every tensor, which are the same on any number of ranks; where it is read again on the
+ranks that wrote it, also every bit is compared. With --engine-command "python -m sglang.launch_server" SGLang serves
+the checkpoint's Hugging Face directory, and what it samples is looked at through the weights that were read: status 1
+if they disagree by more than --max-drift allows in training.
 
 `--shape tiny` runs the same on a CPU, to see that it works.
 """
@@ -81,6 +81,7 @@ def write(opened: SimpleNamespace, cfg: config.SFT, folder: Path) -> dict[str, A
     state = {"fingerprint": fingerprint(opened)}
     how = {"dtype": getattr(torch, cfg.dtype), "tokenizer_dir": folder / "tokenizer", "keep": 1}
     beginning, _ = timed(lambda: checkpoint.begin(folder, 1, opened.model, opened.optimizer, state, **how))
+    copying, _ = timed(checkpoint.wait_until_copied)
     finishing, place = timed(checkpoint.finish)
     kept = {name: part.clone() for name, part in tensors(opened)}
     for _, part in tensors(opened):
@@ -88,7 +89,8 @@ def write(opened: SimpleNamespace, cfg: config.SFT, folder: Path) -> dict[str, A
     found = read(opened, folder)
     same = all(torch.equal(part.view(torch.int32), kept[name].view(torch.int32)) for name, part in tensors(opened))
     parts = {part: size_of(place / part) for part in ("state", "model")}
-    seconds = {"begin_seconds": beginning, "save_seconds": beginning + finishing}
+    seconds = {"begin_seconds": beginning, "copied_seconds": beginning + copying}
+    seconds["save_seconds"] = seconds["copied_seconds"] + finishing
     return {**seconds, "bytes": parts, **found, "every_bit_is_back": all(parallel.gather(same))}
 
 

@@ -3,8 +3,8 @@
 One is a folder, `RUN/checkpoints/step-000010/`, with `state.json` (step, curriculum, whatever else the stage keeps),
 `state/` (fp32 weights and optimizer, a shard a rank) and `model/` (a Hugging Face directory that eval.py, transformers
 and SGLang load: see pretrained.py). It is written beside its place under another name and renamed when whole, so a
-crash leaves the previous one as it was; and by a thread, so that what does not change the weights, a rollout, goes on
-meanwhile.
+crash leaves the previous one as it was; and by a thread, from a copy in the host's memory, so that the training goes on
+meanwhile: only the next change of the weights waits for that copy.
 No random state is kept because there is none: every draw is seeded by (seed, step, task, sample).
 """
 
@@ -23,26 +23,34 @@ from typing import Any
 
 import torch
 
-from minitau import parallel, pretrained
+from minitau import memory, parallel, pretrained
 from minitau.model import Qwen3
 from minitau.pretrained import CheckpointError
 
+HOST_SHARE = 0.5  # a copy may take so much of the host's free memory: others want some too
+
 
 class Writing(threading.Thread):
-    """A checkpoint on its way to the disk. All ranks write, each in such a thread."""
+    """A checkpoint on its way to the disk. All ranks write, each in such a thread.
 
-    def __init__(self, write: Callable[[], Path]):
+    `write` gets what it calls once it needs the weights no more.
+    """
+
+    def __init__(self, write: Callable[[Callable[[], None]], Path]):
         super().__init__(name="checkpoint", daemon=True)
         self.write = write
+        self.copied = threading.Event()
         self.place: Path | None = None
         self.problem: BaseException | None = None
 
     def run(self) -> None:
         try:
             parallel.use_device()
-            self.place = self.write()
+            self.place = self.write(self.copied.set)
         except BaseException as error:
             self.problem = error
+        finally:
+            self.copied.set()
 
 
 UNDER_WAY: list[Writing] = []  # what this process writes: one at most
@@ -61,15 +69,14 @@ def begin(
 ) -> None:
     """Begin to write the checkpoint of `step`, which in the end drops all but the newest `keep`.
 
-    Until `finish`, neither weights nor optimizer may change. Raises CheckpointError for the one before.
+    Until `wait_until_copied`, neither weights nor optimizer may change. Raises CheckpointError for the one before.
     """
     finish()
-    weights = parallel.FullWeights(model).parts()
     shards = parallel.state_of(model, optimizer)
 
-    def fill(folder: Path) -> None:
-        parallel.save_state(folder / "state", shards)
-        whole = parallel.weights_on_main(weights, dtype)
+    def fill(folder: Path, kept: dict[str, Any]) -> None:
+        parallel.save_state(folder / "state", kept)
+        whole = parallel.weights_on_main(kept["model"], dtype)
         try:
             if parallel.is_main():
                 pretrained.save_model(folder / "model", model.cfg, whole, dtype, tokenizer_dir)
@@ -77,8 +84,33 @@ def begin(
         finally:
             deque(whole, maxlen=0)  # the others give what they hold; the first rank takes it also if the disk does not
 
-    UNDER_WAY.append(Writing(lambda: write(run_dir, step, fill, keep)))
+    def copy_and_write(copied: Callable[[], None]) -> Path:
+        kept = shards
+        if copy_fits(model):
+            kept = parallel.copy_on_host(shards)
+            copied()
+        return write(run_dir, step, lambda folder: fill(folder, kept), keep)
+
+    UNDER_WAY.append(Writing(copy_and_write))
     UNDER_WAY[0].start()
+
+
+def copy_fits(model: Qwen3) -> bool:
+    """True, on all ranks or none, if the host has room for a copy of weights and optimizer: of all ranks, as if they
+    were all on the host that has least. In the thread of checkpoints."""
+    mine = (memory.MASTER + memory.ADAM) * sum(parallel.local(each).numel() for each in model.parameters())
+    found = parallel.gather((mine, memory.free_on_host()), beside="checkpoint")
+    return sum(size for size, _ in found) <= HOST_SHARE * min(free for _, free in found)
+
+
+def wait_until_copied() -> None:
+    """Wait until weights and optimizer may change: what `begin` began is in the host's memory, or on the disk where
+    that is too small. All ranks do it together. Raises CheckpointError, as `finish`, if it has failed by then."""
+    if not UNDER_WAY:
+        return
+    UNDER_WAY[0].copied.wait()
+    if all(parallel.gather(not UNDER_WAY[0].is_alive())):
+        finish()
 
 
 def finish() -> Path | None:

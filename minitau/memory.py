@@ -1,4 +1,4 @@
-"""What training needs of a GPU's memory, in bytes, and how many activations may be kept.
+"""What training needs of a GPU's memory, in bytes, how many activations may be kept, and what the host has left.
 
 The formulas know a model's shape and how it is trained; `tokens_to_keep` asks the GPU what is free. They hold for
 bf16 compute over fp32 master weights (in fp32 nothing takes more than twice as much); benchmarks/trainer.py measures
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,26 @@ from minitau.model import ModelConfig, Qwen3
 MASTER, ADAM, GRADIENT = 4, 8, 4  # bytes a parameter, in fp32, divided among the ranks
 HALF = 2  # bytes of a number in bf16
 SLACK = 0.04  # part of the GPU that is left alone: the allocator's gaps, and what libraries take
+
+
+def free_on_host(root: Path = Path("/")) -> int:
+    """Bytes of the host's own memory that can still be had, within a container's limit (cgroup v2) where there is one;
+    0 if the system does not say. `root` is where /proc and /sys are."""
+    try:
+        free = 1024 * named(root / "proc/meminfo")["MemAvailable:"]
+    except (OSError, KeyError):
+        return 0
+    try:
+        group = root / "sys/fs/cgroup"
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        return min(free, limit - used + named(group / "memory.stat")["inactive_file"])  # which is given up when needed
+    except (OSError, KeyError, ValueError):  # "max" is no limit
+        return free
+
+
+def named(path: Path) -> dict[str, int]:
+    """The numbers of a file of the kernel's with a name and a number a line."""
+    return {words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1}
 
 
 def block_parameters(cfg: ModelConfig) -> int:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -391,18 +392,27 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     return state
 
 
+def copy_on_host(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of what state_of gave, in this host's memory. Not pinned: to pin takes as long as to copy."""
+    stager = DefaultStager(StagingOptions(*[False] * 4))
+    try:
+        return stager.stage(state)
+    finally:
+        stager.close()
+
+
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write what state_of gave, each rank its shards, in the thread of checkpoints. Raises OSError if it cannot."""
+    """Write what state_of gave, or a copy, each rank its shards. In the thread of checkpoints. Raises OSError."""
     try:
         dcp.save(state, checkpoint_id=folder, process_group=BESIDE.get("checkpoint"), no_dist=not dist.is_initialized())
     except dcp.api.CheckpointException as error:
         raise os_error(error) from error
 
 
-def weights_on_main(weights: Sequence[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def weights_on_main(weights: dict[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) on rank 0, in its own memory, one at a time; on the other ranks, which all must iterate to
     the end, an empty one. For the thread of checkpoints: no GPU takes part, whose collectives are the main thread's."""
-    for name, tensor in weights:
+    for name, tensor in weights.items():
         part = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().cpu().to(dtype)
         yield name, collected(part, tensor.shape) if isinstance(tensor, DTensor) else part
 

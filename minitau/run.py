@@ -173,7 +173,7 @@ def update(
 
 
 def save(run: Run, cfg: config.Training, step: int, state: dict) -> None:
-    """Begin to write a checkpoint of this step: checkpoint.finish before the weights change."""
+    """Begin to write a checkpoint of this step: checkpoint.wait_until_copied before the weights change."""
     dtype, source = getattr(torch, cfg.dtype), Path(cfg.model)
     checkpoint.begin(run.dir, step, run.model, run.optimizer, state, dtype=dtype, tokenizer_dir=source, keep=cfg.keep)
 

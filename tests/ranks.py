@@ -10,6 +10,7 @@ import resource
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -148,10 +149,31 @@ def take_all(name: str, n: int) -> list[int]:
     return taken
 
 
-def save(run: runs.Run, folder: Path, step: int) -> Path:
+def begin(run: runs.Run, folder: Path, step: int) -> None:
     how = {"dtype": torch.float32, "tokenizer_dir": folder, "keep": 2}
     checkpoint.begin(folder, step, run.model, run.optimizer, {"mark": step}, **how)
+
+
+def save(run: runs.Run, folder: Path, step: int) -> Path:
+    begin(run, folder, step)
     return checkpoint.finish()
+
+
+@contextmanager
+def late_disk() -> Iterator[None]:
+    """No state is written before this ends."""
+    gate, save_state = threading.Event(), parallel.save_state
+
+    def wait_and_save(*args: object) -> None:
+        assert gate.wait(60)
+        save_state(*args)
+
+    parallel.save_state = wait_and_save
+    try:
+        yield
+    finally:
+        parallel.save_state = save_state
+        gate.set()
 
 
 def full_disk_on(rank: int, folder: Path) -> str:
@@ -214,12 +236,16 @@ def main(folder: Path) -> None:
     recomputing = new_run(keep=0)
     found["recomputed"] = gradients_of(recomputing, reference, samples_of())
 
-    # Three steps, a checkpoint, two more.
+    # Three steps, a checkpoint, two more before anything of it is on the disk.
     run = new_run()
     found["metrics"] = train_steps(run, reference, range(3))
-    save(run, folder / "by-two", 3)
-    found["at three"] = weights_of(run.model)
-    train_steps(run, reference, range(3, 5))
+    with late_disk():
+        begin(run, folder / "by-two", 3)
+        found["at three"] = weights_of(run.model)
+        checkpoint.wait_until_copied()
+        train_steps(run, reference, range(3, 5))
+        assert checkpoint.latest(folder / "by-two") is None
+    checkpoint.finish()
     found["at five"] = weights_of(run.model)
 
     # The checkpoint of one process, read by two, and trained on.

@@ -13,7 +13,7 @@ import torch
 from conftest import SMALL, small_model
 from safetensors.torch import load_file, save_file
 
-from minitau import checkpoint, config, parallel, pretrained
+from minitau import checkpoint, config, memory, parallel, pretrained
 from minitau import run as runs
 from minitau.attention import packed_attention
 from minitau.episode import BadInput
@@ -314,6 +314,53 @@ def test_it_is_written_beside_what_goes_on(tmp_path, slow_disk):
     again, fresh = new_run(seed=7)
     checkpoint.load(tmp_path, again, fresh)
     assert_holds(again, before)
+
+
+def test_what_it_holds_is_copied_before_weights_change(tmp_path, slow_disk):
+    net, optimizer = new_run()
+    train_steps(net, optimizer, [0])
+    before = copy_of(net)
+    moment = next(iter(optimizer.state.values()))["exp_avg"].clone()
+    begin(tmp_path, 1, net, optimizer)
+    checkpoint.wait_until_copied()
+    train_steps(net, optimizer, [1])
+    assert checkpoint.latest(tmp_path) is None
+    slow_disk.set()
+    checkpoint.finish()
+    again, fresh = new_run(seed=7)
+    checkpoint.load(tmp_path, again, fresh)
+    assert_holds(again, before)
+    assert torch.equal(next(iter(fresh.state.values()))["exp_avg"], moment)
+    exported = dict(pretrained.read_safetensors(checkpoint.latest(tmp_path) / "model"))
+    assert all(torch.equal(exported[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("free", [0, 1000])
+def test_weights_wait_for_the_disk_where_the_host_has_no_room_for_a_copy(tmp_path, slow_disk, monkeypatch, free):
+    monkeypatch.setattr(memory, "free_on_host", lambda: free)
+    net, optimizer = new_run()
+    begin(tmp_path, 1, net, optimizer)
+    threading.Timer(0.2, slow_disk.set).start()
+    checkpoint.wait_until_copied()
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-000001"
+
+
+def test_a_copy_takes_at_most_half_of_what_is_free(monkeypatch):
+    net, _ = new_run()
+    size = 12 * sum(parameter.numel() for parameter in net.parameters())
+    for free, fits in ((2 * size, True), (2 * size - 1, False)):
+        monkeypatch.setattr(memory, "free_on_host", lambda free=free: free)
+        assert checkpoint.copy_fits(net) == fits
+
+
+def test_a_failure_is_known_before_the_next_change_of_the_weights(tmp_path):
+    net, optimizer = new_run()
+    (tmp_path / "checkpoints").write_text("a file is where the folder goes")
+    begin(tmp_path, 1, net, optimizer)
+    checkpoint.UNDER_WAY[0].join()
+    with pytest.raises(CheckpointError, match="step 1 was not written"):
+        checkpoint.wait_until_copied()
+    checkpoint.wait_until_copied()  # nothing is under way any more
 
 
 def test_the_next_one_waits_for_the_one_before(tmp_path, slow_disk):

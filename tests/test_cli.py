@@ -201,6 +201,7 @@ def test_no_disk_space_at_a_checkpoint(tmp_path, tiny_dir, data):
         "begin = checkpoint.begin\n"
         "def save(run_dir, step, *args, **kwargs):\n"
         "    if step == 2:\n"  # the disk fills up after the first checkpoint
+        "        checkpoint.finish()\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "    return begin(run_dir, step, *args, **kwargs)\n"
         "checkpoint.begin = save\n"

@@ -188,3 +188,25 @@ def test_who_asks_for_all_or_none_or_has_no_gpu_is_not_measured(model, monkeypat
     assert to_keep(model, an_optimizer(model)) == math.inf and to_keep(model, an_optimizer(model), "all") == 0
     model.keep = math.inf
     assert model.recomputed(50) == model.recomputed(1) == 0
+
+
+# -- the host ------------------------------------------------------------------------------------------------
+
+
+def test_what_the_host_has_left(tmp_path):
+    """Of the machine, and of the container where its limit is nearer; what it keeps of files can be had back."""
+    assert memory.free_on_host(tmp_path) == 0  # the system does not say
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\nHugePages_Total: 0\n")
+    assert memory.free_on_host(tmp_path) == 4000 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    for limit, free in (("max", 4000 * 1024), ("1000000", 1_000_000 - 600_000 + 50_000), ("9000000", 4000 * 1024)):
+        (group / "memory.max").write_text(limit + "\n")
+        (group / "memory.current").write_text("600000\n")
+        (group / "memory.stat").write_text("anon 500000\ninactive_file 50000\n")
+        assert memory.free_on_host(tmp_path) == free
+
+
+def test_this_host_says_what_it_has_left():
+    assert memory.free_on_host() > 1e8
