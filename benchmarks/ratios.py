@@ -5,7 +5,8 @@
 runs benchmarks/trainer.py (speed) on one GPU and on --ranks, and benchmarks/peers.py for each peer, one after the
 other, each in a process of its own, and that as often as asked: the same shape, tokens, GPU and run. Prints one JSON
 object: tokens/s of each by round, and of each round the ratios; how busy the host's cores were before it, because a
-peer whose kernels are started one by one suffers more from that.
+peer whose kernels are started one by one suffers more from that. What is measured shows on stderr at once, so that a
+run cut short has not been for nothing.
 
 `--shape tiny --attention sdpa --peers transformers` runs on a CPU, to see that it works.
 """
@@ -52,6 +53,12 @@ def ours(args: argparse.Namespace, ranks: int) -> dict[str, float]:
     return {name: found[setting]["tokens_per_second"] for name, setting in OURS.items()}
 
 
+def measured(who: str, speed: Any) -> Any:
+    """The speed again, once it is shown."""
+    print(f"{who}: {json.dumps(speed)} tokens/s", file=sys.stderr, flush=True)
+    return speed
+
+
 def theirs(args: argparse.Namespace, peer: str) -> float:
     """Tokens/s of a peer."""
     command = ["-m", "benchmarks.peers", "--which", peer, "--shape", args.shape, "--attention", args.attention]
@@ -65,14 +72,15 @@ def theirs(args: argparse.Namespace, peer: str) -> float:
 def play_round(args: argparse.Namespace) -> dict[str, Any]:
     """Everybody once, and how they compare."""
     load = os.getloadavg()[0]
-    one = ours(args, 1)
+    one = measured("minitau", ours(args, 1))
     speeds: dict[str, Any] = {"minitau": one}
     ratios: dict[str, float] = {}
     for peer in args.peers:
-        speeds[peer] = theirs(args, peer)
+        speeds[peer] = measured(peer, theirs(args, peer))
         ratios |= {f"recompute {name} / {peer}": speed / speeds[peer] for name, speed in one.items()}
     if args.ranks > 1:
-        several = speeds[f"minitau on {args.ranks} GPUs"] = ours(args, args.ranks)
+        both = f"minitau on {args.ranks} GPUs"
+        several = speeds[both] = measured(both, ours(args, args.ranks))
         ratios |= {
             f"recompute {name} on {args.ranks} GPUs / {args.ranks} x one": several[name] / args.ranks / speed
             for name, speed in one.items()
