@@ -33,9 +33,10 @@ from minitau.log import run_script
 OURS = {"auto": "recompute auto", "all": "recompute all"}  # how blocks are recomputed: as the trainer's report has it
 
 
-def output_of(command: Sequence[str]) -> str:
-    """What a benchmark prints. Raises BadInput with its last words if it fails."""
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+def output_of(command: Sequence[str], gpus: str | None = None) -> str:
+    """What a benchmark prints that sees these GPUs, or all. Raises BadInput with its last words if it fails."""
+    seen = os.environ | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus})
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=seen)
     if done.returncode:
         words = [line for line in done.stderr.splitlines() if line.strip()]
         raise BadInput(f"{' '.join(command)} ended with status {done.returncode}: {words[-1] if words else 'no word'}")
@@ -60,10 +61,11 @@ def measured(who: str, speed: Any) -> Any:
 
 
 def theirs(args: argparse.Namespace, peer: str) -> float:
-    """Tokens/s of a peer."""
+    """Tokens/s of a peer, which sees one GPU: transformers' Trainer would take all for one process."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     command = ["-m", "benchmarks.peers", "--which", peer, "--shape", args.shape, "--attention", args.attention]
     command += ["--lengths", ",".join(map(str, lengths_of(args))), "--steps", str(args.steps + 2)]
-    row = json.loads(output_of([*command, *(["--liger"] if args.liger else [])]).splitlines()[-1])
+    row = json.loads(output_of([*command, *(["--liger"] if args.liger else [])], first).splitlines()[-1])
     if "tokens_per_second" not in row:
         raise BadInput(f"{peer}: {row.get('out_of_memory', 'it took no step')}")
     return row["tokens_per_second"]

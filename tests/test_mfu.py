@@ -81,6 +81,17 @@ def test_a_benchmark_that_fails_ends_the_ratios_with_its_last_word():
         ratios.output_of(["-m", "benchmarks.peers", "--which", "nobody"])
 
 
+def test_a_peer_sees_one_gpu(monkeypatch):
+    """TRL refuses several in one process."""
+    seen = "import json, os; print(json.dumps({'tokens_per_second': os.environ['CUDA_VISIBLE_DEVICES']}))"
+    monkeypatch.setattr(ratios, "output_of", lambda command, gpus=None, run=ratios.output_of: run(["-c", seen], gpus))
+    args = argparse.Namespace(shape="tiny", attention="sdpa", steps=1, liger=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert ratios.theirs(args, "trl") == "0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert ratios.theirs(args, "trl") == "3"
+
+
 def test_unknown_parts_of_a_benchmark_are_named():
     read = mfu.among(("sync", "drift"))
     assert read("drift,sync") == ["drift", "sync"]
