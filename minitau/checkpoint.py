@@ -27,8 +27,6 @@ from minitau import memory, parallel, pretrained
 from minitau.model import Qwen3
 from minitau.pretrained import CheckpointError
 
-HOST_SHARE = 0.5  # a copy may take so much of the host's free memory: others want some too
-
 
 class Writing(threading.Thread):
     """A checkpoint on its way to the disk. All ranks write, each in such a thread.
@@ -100,7 +98,7 @@ def copy_fits(model: Qwen3) -> bool:
     were all on the host that has least. In the thread of checkpoints."""
     mine = (memory.MASTER + memory.ADAM) * sum(parallel.local(each).numel() for each in model.parameters())
     found = parallel.gather((mine, memory.free_on_host()), beside="checkpoint")
-    return sum(size for size, _ in found) <= HOST_SHARE * min(free for _, free in found)
+    return sum(size for size, _ in found) <= memory.HOST_SHARE * min(free for _, free in found)
 
 
 def wait_until_copied() -> None:

@@ -342,11 +342,12 @@ ENV_DEFAULTS: dict[str, dict[str, Any]] = {
 # tau2-4b: the settings of the published pipeline.
 TAU2_TRAINING = {"dtype": "bfloat16", "micro_batch_tokens": 32_768}
 TAU2_EPISODES = {"env": "tau2", "max_new_tokens": 4096, "engine": "sglang"}
+RARELY_SAVED = {"save_every": 50}  # steps take some seconds, and no rollout hides the copy of a 4B model
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "courier": {"sft": {}, "rft": {}, "grpo": {}},
     "tau2-4b": {
-        "sft": {**TAU2_TRAINING},
-        "rft": {**TAU2_EPISODES, **TAU2_TRAINING},
+        "sft": {**TAU2_TRAINING, **RARELY_SAVED},
+        "rft": {**TAU2_EPISODES, **TAU2_TRAINING, **RARELY_SAVED},
         "grpo": {**TAU2_EPISODES, **TAU2_TRAINING, "temperature": 0.7},
     },
 }

@@ -21,6 +21,7 @@ from minitau.model import ModelConfig, Qwen3
 
 MASTER, ADAM, GRADIENT = 4, 8, 4  # bytes a parameter, in fp32, divided among the ranks
 HALF = 2  # bytes of a number in bf16
+HOST_SHARE = 0.5  # part of the host's free memory that a checkpoint's copy may take: others want some too
 SLACK = 0.04  # part of the GPU that is left alone: the allocator's gaps, and what libraries take
 
 

@@ -129,29 +129,39 @@ def sync(case: Case) -> Part:
     return Part("weight sync", seconds, how)
 
 
+def state_bytes(shape: ModelConfig) -> int:
+    """Of a checkpoint's fp32 weights and optimizer."""
+    return (MASTER + ADAM) * memory.parameters(shape)
+
+
 def checkpoint_bytes(shape: ModelConfig) -> int:
-    return (MASTER + ADAM + HALF) * memory.parameters(shape)
+    return state_bytes(shape) + HALF * memory.parameters(shape)
 
 
-def saving(case: Case, beside: float = 0.0) -> Part:
-    """What the update has to wait for it: it is written while the next batch is played, for `beside` seconds."""
-    size, every = checkpoint_bytes(case.shape), case.cfg.save_every
-    seconds = max(0.0, size - beside * pace.DISK_BESIDE) / pace.DISK
-    left = f"({gb(size)} - {beside:.0f} s of a rollout x {gb(pace.DISK_BESIDE)}/s)" if beside else gb(size)
-    return Part("checkpoint", seconds / every, f"{left} / {gb(pace.DISK)}/s, every {every} steps")
+def saving(case: Case, step: float, beside: float = 0.0) -> Part:
+    """What a step waits for checkpoints: an update for its copy, which is made while the next batch is played, for
+    `beside` seconds; and a checkpoint for the one before, which is written while steps of `step` seconds go on."""
+    state, size, every = state_bytes(case.shape), checkpoint_bytes(case.shape), case.cfg.save_every
+    copying, writing = state / pace.COPY, size / pace.DISK
+    waits = max(0.0, copying - beside, copying + writing - every * step)
+    less = f" - {beside:.0f} s of a rollout" if beside else ""
+    how = f"{gb(state)} / {gb(pace.COPY)}/s to copy{less}; {gb(size)} / {gb(pace.DISK)}/s to write beside {every} steps"
+    return Part("checkpoint", waits / every, how)
 
 
 def step_parts(case: Case) -> list[Part]:
     """Of an optimizer step of SFT or RFT, of a whole step of GRPO."""
     cfg = case.cfg
     if case.stage != "grpo":
-        return [*updates(case, cfg.batch_size), saving(case)]
+        training = updates(case, cfg.batch_size)
+        return [*training, saving(case, total(training))]
     flat = case.told.flat_groups if cfg.dynamic_sampling else 0.0
     rounds = [math.ceil(cfg.tasks_per_step * flat**i) for i in range(cfg.max_rounds) if i == 0 or flat]
     training = updates(case, cfg.tasks_per_step * cfg.group_size, cfg.updates_per_step)
     playing = rollout(case, rounds, cfg.group_size)
     beside = playing.amount - (total(training) if cfg.ahead else 0.0)  # with --ahead it had begun before the update
-    return [playing, *training, sync(case), saving(case, max(0.0, beside))]
+    parts = [playing, *training, sync(case)]
+    return [*parts, saving(case, step_seconds(case, parts), max(0.0, beside))]
 
 
 def step_seconds(case: Case, parts: Sequence[Part]) -> float:
@@ -207,10 +217,11 @@ def text(case: Case) -> str:
         ]
         lines += table(f"Memory of each of GPUs {','.join(case.own_gpus)}, GB", own, 1e9)
     loading = case.ranks * MASTER * memory.parameters(shape)
+    copy = state_bytes(shape) / memory.HOST_SHARE
     disk = (cfg.keep + 1) * checkpoint_bytes(shape) + HALF * memory.parameters(shape)
     lines += [
-        f"Of the node: {gb(loading)} of its own memory to load {many(case.ranks, 'rank')}; {gb(disk)} of disk for "
-        f"{cfg.keep} + 1 checkpoints and the model",
+        f"Of the node: {gb(loading)} of its own memory to load {many(case.ranks, 'rank')}, later {gb(copy)} free, or "
+        f"updates wait for checkpoints; {gb(disk)} of disk for {cfg.keep} + 1 checkpoints and the model",
         "",
     ]
     if not problems(case):
