@@ -53,7 +53,7 @@ def open_run(stage: str, cfg: config.Training, **also: str) -> Run:
     step = state["step"] if state is not None else 0
     logged = max(step, len(list((folder / "collected").glob("round-*.jsonl"))))  # RFT counts its rounds as steps
     if state is None:
-        require_no_lost_checkpoint(folder, logged + cfg.save_every)
+        require_no_lost_checkpoint(folder, logged + 2 * cfg.save_every)  # the second waits until the first is written
     log = MetricsLog(folder, last_step=logged, enabled=parallel.is_main(), wandb=cfg.wandb, tensorboard=cfg.tensorboard)
     if cfg.resume:
         say(f"{cfg.out}: going on after step {logged}" if logged else f"{cfg.out}: nothing to resume, starting")

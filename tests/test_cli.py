@@ -167,7 +167,9 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_over(capsys, tmp_path, t
     shutil.rmtree(out / "checkpoints")
     assert "no checkpoint to go on from" in refused(capsys, train.main, *flags, "--resume")
     assert (out / "metrics.jsonl").read_text() == metrics, "nothing is lost"
-    (out / "metrics.jsonl").write_text("".join(metrics.splitlines(keepends=True)[:2]))
+    (out / "metrics.jsonl").write_text("".join(metrics.splitlines(keepends=True)[:5]))
+    assert "metrics of 5 steps" in refused(capsys, train.main, *flags, "--resume")
+    (out / "metrics.jsonl").write_text("".join(metrics.splitlines(keepends=True)[:4]))
     assert run_script("train", train.main, [*map(str, flags), "--resume"]) == 0, "killed before the first was written"
     capsys.readouterr()
     (out / "metrics.jsonl").write_text("{}\n")
