@@ -29,7 +29,7 @@ from torch import Tensor
 
 import train
 from benchmarks.mfu import SHAPES, where
-from benchmarks.trainer import free_everything, micro_batch, open_run, peak_gb, synchronize
+from benchmarks.random_run import free_everything, micro_batch, open_run, peak_gb, synchronize
 from minitau import checkpoint, config, parallel, probe, run, tiny
 from minitau.chat import load_chat
 from minitau.engines.launch import open_sglang

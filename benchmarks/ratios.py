@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.mfu import SHAPES, among, where
 from benchmarks.peers import TRAIN
-from benchmarks.trainer import lengths_of
+from benchmarks.random_run import lengths_of
 from minitau.episode import BadInput
 from minitau.log import run_script
 

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 
 from benchmarks.mfu import SHAPES, where
-from benchmarks.trainer import random_model
+from benchmarks.random_run import random_model
 from minitau import cli, config, plan, pretrained, tiny
 from minitau.budget import Case
 from minitau.episode import BadInput, Trajectory

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import mfu, ratios, trainer
+from benchmarks import mfu, ratios, same_numbers, trainer
 from minitau import pace
 from minitau.episode import BadInput
 from minitau.model import Qwen3
@@ -47,11 +47,11 @@ def test_gaps_are_the_times_in_which_no_kernel_ran():
 
 
 def test_numbers_are_within_their_tolerances_and_what_is_not_is_named():
-    found = trainer.measure_numbers(argparse.Namespace(shape="tiny", dtype="bfloat16"))
-    assert trainer.exceeded("numbers", found) == [] and trainer.exceeded("speed", {}) == []
+    found = same_numbers.measure_numbers(argparse.Namespace(shape="tiny", dtype="bfloat16"))
+    assert same_numbers.exceeded("numbers", found) == [] and same_numbers.exceeded("speed", {}) == []
     found["fp32"]["mean"] = 0.5
     found["bf16, eager"]["gradient_relative_to_compiled"] = float("nan")
-    one, other = trainer.exceeded("numbers", found)
+    one, other = same_numbers.exceeded("numbers", found)
     assert one == "numbers, fp32: mean is 0.5, more than 0.0001"
     assert other.startswith("numbers, bf16, eager: gradient_relative_to_compiled is nan")
 
