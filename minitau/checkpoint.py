@@ -49,6 +49,7 @@ class Writing(threading.Thread):
             self.problem = error
         finally:
             self.copied.set()
+            memory.trim_host()  # of the copy, which is gone by now
 
 
 UNDER_WAY: list[Writing] = []  # what this process writes: one at most
@@ -106,8 +107,10 @@ def wait_until_copied() -> None:
     that is too small. All ranks do it together. Raises CheckpointError, as `finish`, if it has failed by then."""
     if not UNDER_WAY:
         return
-    UNDER_WAY[0].copied.wait()
-    if all(parallel.gather(not UNDER_WAY[0].is_alive())):
+    writing = UNDER_WAY[0]
+    writing.copied.wait()
+    alone = writing.problem and not isinstance(writing.problem, CheckpointError)  # the other ranks do not hear of it
+    if alone or all(parallel.gather(not writing.is_alive())):
         finish()
 
 

@@ -393,7 +393,8 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
 
 
 def copy_on_host(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy of what state_of gave, in this host's memory. Not pinned: to pin takes as long as to copy."""
+    """A copy of what state_of gave, in this host's memory. Not pinned: to pin takes as long as to copy. Other threads
+    stand still while one tensor is copied, and have their turn before the next."""
     stager = DefaultStager(StagingOptions(*[False] * 4))
     try:
         return stager.stage(state)

@@ -141,7 +141,7 @@ def checkpoint_bytes(shape: ModelConfig) -> int:
 def saving(case: Case, step: float, beside: float = 0.0) -> Part:
     """What a step waits for checkpoints: an update for its copy, which is made while the next batch is played, for
     `beside` seconds; and a checkpoint for the one before, which is written while steps of `step` seconds go on."""
-    state, size, every = state_bytes(case.shape), checkpoint_bytes(case.shape), case.cfg.save_every
+    state, size, every = state_bytes(case.shape) / case.ranks, checkpoint_bytes(case.shape), case.cfg.save_every
     copying, writing = state / pace.COPY, size / pace.DISK
     waits = max(0.0, copying - beside, copying + writing - every * step)
     less = f" - {beside:.0f} s of a rollout" if beside else ""

@@ -363,6 +363,21 @@ def test_a_failure_is_known_before_the_next_change_of_the_weights(tmp_path):
     checkpoint.wait_until_copied()  # nothing is under way any more
 
 
+def test_what_fails_on_one_rank_alone_ends_it_at_once(tmp_path, monkeypatch):
+    """The other ranks' threads wait for it in vain, and so would this rank for theirs."""
+
+    def fail(state):
+        raise RuntimeError("no room after all")
+
+    monkeypatch.setattr(parallel, "copy_on_host", fail)
+    net, optimizer = new_run()
+    begin(tmp_path, 1, net, optimizer)
+    checkpoint.UNDER_WAY[0].join()
+    monkeypatch.setattr(parallel, "gather", None)
+    with pytest.raises(RuntimeError, match="no room after all"):
+        checkpoint.wait_until_copied()
+
+
 def test_the_next_one_waits_for_the_one_before(tmp_path, slow_disk):
     net, optimizer = new_run()
     begin(tmp_path, 1, net, optimizer)

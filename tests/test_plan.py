@@ -350,12 +350,12 @@ def test_sync_by_hand(monkeypatch):
 def test_checkpoint_by_hand(monkeypatch):
     for name, value in (("COPY", 12e9), ("DISK", 2e9)):
         monkeypatch.setattr(pace, name, value)
-    copying, writing = PARAMETERS / 1e9, 7 * PARAMETERS / 1e9
-    fifth = case("--save-every 5")
+    copying, writing = PARAMETERS / 8e9, 7 * PARAMETERS / 1e9  # each of eight ranks an eighth; all of them one disk
+    fifth = case("--save-every 5 --gpus 8")
     assert plan.saving(fifth, step=100.0).amount == pytest.approx(copying / 5)
-    beside = plan.saving(fifth, step=100.0, beside=3.0)
-    assert beside.amount == pytest.approx((copying - 3) / 5)
-    assert beside.how == "48.3 GB / 12.0 GB/s to copy - 3 s of a rollout; 56.3 GB / 2.0 GB/s to write beside 5 steps"
+    beside = plan.saving(fifth, step=100.0, beside=0.3)
+    assert beside.amount == pytest.approx((copying - 0.3) / 5)
+    assert beside.how == "6.0 GB / 12.0 GB/s to copy - 0 s of a rollout; 56.3 GB / 2.0 GB/s to write beside 5 steps"
     assert plan.saving(fifth, step=100.0, beside=50.0).amount == 0.0
     assert plan.saving(fifth, step=1.0, beside=50.0).amount == pytest.approx((copying + writing - 5) / 5), (
         "disk is behind"
@@ -364,12 +364,13 @@ def test_checkpoint_by_hand(monkeypatch):
 
 def test_a_checkpoint_is_copied_beside_the_rollout(monkeypatch):
     """With --ahead beside what is left of it after the training."""
-    monkeypatch.setattr(pace, "COPY", 12e6)  # slower than any rollout
+    monkeypatch.setattr(pace, "COPY", 1.5e6)  # slower than any rollout
     monkeypatch.setattr(pace, "DISK", 1e12)
     for flags in ("--gpus 8", "--gpus 8 --engine-gpus 4,5,6,7 --ahead 1"):
         parts = amounts(plan.step_parts(case(f"{flags} --save-every 1")))
         beside = parts["rollout"] - ("ahead" in flags) * (parts["log-probabilities"] + parts["update"])
-        assert beside > 10 and parts["checkpoint"] == pytest.approx(PARAMETERS / 1e6 - beside)
+        ranks = 4 if "ahead" in flags else 8
+        assert beside > 10 and parts["checkpoint"] == pytest.approx(12 * PARAMETERS / ranks / 1.5e6 - beside)
 
 
 def test_groups_without_a_difference_are_drawn_again():
