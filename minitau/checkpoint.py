@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from minitau import memory, parallel, pretrained
+from minitau import host, memory, parallel, pretrained
 from minitau.model import Qwen3
 from minitau.pretrained import CheckpointError
 
@@ -49,7 +49,7 @@ class Writing(threading.Thread):
             self.problem = error
         finally:
             self.copied.set()
-            memory.trim_host()  # of the copy, which is gone by now
+            host.trim()  # of the copy, which is gone by now
 
 
 UNDER_WAY: list[Writing] = []  # what this process writes: one at most
@@ -98,8 +98,8 @@ def copy_fits(model: Qwen3) -> bool:
     """True, on all ranks or none, if the host has room for a copy of weights and optimizer: of all ranks, as if they
     were all on the host that has least. In the thread of checkpoints."""
     mine = (memory.MASTER + memory.ADAM) * sum(parallel.local(each).numel() for each in model.parameters())
-    found = parallel.gather((mine, memory.free_on_host()), beside="checkpoint")
-    return sum(size for size, _ in found) <= memory.HOST_SHARE * min(free for _, free in found)
+    found = parallel.gather((mine, host.free()), beside="checkpoint")
+    return sum(size for size, _ in found) <= host.SHARE * min(free for _, free in found)
 
 
 def wait_until_copied() -> None:

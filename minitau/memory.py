@@ -1,4 +1,4 @@
-"""What training needs of a GPU's memory, in bytes, how many activations may be kept, and what the host has left.
+"""What training needs of a GPU's memory, in bytes, and how many activations may be kept.
 
 The formulas know a model's shape and how it is trained; `tokens_to_keep` asks the GPU what is free. They hold for
 bf16 compute over fp32 master weights (in fp32 nothing takes more than twice as much); benchmarks/trainer.py measures
@@ -10,12 +10,8 @@ micro-batch, W ranks.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -24,48 +20,7 @@ from minitau.model import ModelConfig, Qwen3
 
 MASTER, ADAM, GRADIENT = 4, 8, 4  # bytes a parameter, in fp32, divided among the ranks
 HALF = 2  # bytes of a number in bf16
-HOST_SHARE = 0.5  # part of the host's free memory that a checkpoint's copy may take: others want some too
 SLACK = 0.04  # part of the GPU that is left alone: the allocator's gaps, and what libraries take
-
-
-def free_on_host(root: Path = Path("/")) -> int:
-    """Bytes of the host's own memory that can still be had, within the limits of this process's control groups (a
-    container's, a job's); 0 if the system does not say. `root` is where /proc and /sys are."""
-    try:
-        free = 1024 * named(root / "proc/meminfo")["MemAvailable:"]
-        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-    except (OSError, KeyError, ValueError):
-        return 0
-    for _, controllers, path in groups:
-        if controllers == "":  # version 2 has one tree for all
-            free = min([free, *left_of_limits(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "")])
-        elif "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-            free = min([free, *left_of_limits(root / "sys/fs/cgroup/memory", path, *names)])
-    return free
-
-
-def left_of_limits(top: Path, path: str, limit: str, used: str, total: str) -> Iterator[int]:
-    """Bytes left of each limit from a group up to the top, where a container sees its own; what a group's files keep in
-    memory is given up when needed."""
-    group = top / path.lstrip("/")
-    for place in (group, *group.parents):
-        if place.is_relative_to(top):
-            with contextlib.suppress(OSError, KeyError, ValueError):  # "max" is no limit
-                files = named(place / "memory.stat")[f"{total}inactive_file"]
-                yield int((place / limit).read_text()) - int((place / used).read_text()) + files
-
-
-def named(path: Path) -> dict[str, int]:
-    """The numbers of a file of the kernel's with a name and a number a line."""
-    return {words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1}
-
-
-def trim_host() -> None:
-    """Give the system back what this process has freed: glibc keeps blocks of less than 32 MB, and a checkpoint's copy
-    is made of many. Nothing where there is no glibc."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def block_parameters(cfg: ModelConfig) -> int:

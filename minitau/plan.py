@@ -12,7 +12,7 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
-from minitau import config, memory, pace, pretrained
+from minitau import config, host, memory, pace, pretrained
 from minitau.budget import (
     Case,
     Part,
@@ -217,7 +217,7 @@ def text(case: Case) -> str:
         ]
         lines += table(f"Memory of each of GPUs {','.join(case.own_gpus)}, GB", own, 1e9)
     loading = case.ranks * MASTER * memory.parameters(shape)
-    copy = state_bytes(shape) / memory.HOST_SHARE
+    copy = state_bytes(shape) / host.SHARE
     disk = (cfg.keep + 1) * checkpoint_bytes(shape) + HALF * memory.parameters(shape)
     lines += [
         f"Of the node: {gb(loading)} of its own memory to load {many(case.ranks, 'rank')}, later {gb(copy)} free, or "

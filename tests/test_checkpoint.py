@@ -13,7 +13,7 @@ import torch
 from conftest import SMALL, small_model
 from safetensors.torch import load_file, save_file
 
-from minitau import checkpoint, config, memory, parallel, pretrained
+from minitau import checkpoint, config, host, parallel, pretrained
 from minitau import run as runs
 from minitau.attention import packed_attention
 from minitau.episode import BadInput
@@ -337,7 +337,7 @@ def test_what_it_holds_is_copied_before_weights_change(tmp_path, slow_disk):
 
 @pytest.mark.parametrize("free", [0, 1000])
 def test_weights_wait_for_the_disk_where_the_host_has_no_room_for_a_copy(tmp_path, slow_disk, monkeypatch, free):
-    monkeypatch.setattr(memory, "free_on_host", lambda: free)
+    monkeypatch.setattr(host, "free", lambda: free)
     net, optimizer = new_run()
     begin(tmp_path, 1, net, optimizer)
     threading.Timer(0.2, slow_disk.set).start()
@@ -349,7 +349,7 @@ def test_a_copy_takes_at_most_half_of_what_is_free(monkeypatch):
     net, _ = new_run()
     size = 12 * sum(parameter.numel() for parameter in net.parameters())
     for free, fits in ((2 * size, True), (2 * size - 1, False)):
-        monkeypatch.setattr(memory, "free_on_host", lambda free=free: free)
+        monkeypatch.setattr(host, "free", lambda free=free: free)
         assert checkpoint.copy_fits(net) == fits
 
 
