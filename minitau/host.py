@@ -17,9 +17,11 @@ def free(root: Path = Path("/")) -> int:
     container's, a job's); 0 if the system does not say. `root` is where /proc and /sys are."""
     try:
         left = 1024 * named(root / "proc/meminfo")["MemAvailable:"]
-        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
     except (OSError, KeyError, ValueError):
         return 0
+    groups = []
+    with contextlib.suppress(OSError):  # a kernel without control groups
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
     for _, controllers, path in groups:
         if controllers == "":  # version 2 has one tree for all
             left = min([left, *left_of_limits(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "")])

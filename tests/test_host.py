@@ -14,8 +14,9 @@ def test_what_the_host_has_left(tmp_path, where):
     """Of the machine, and of a group of processes where its limit is nearer; what it keeps of files can be had back."""
     assert host.free(tmp_path) == 0  # the system does not say
     (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("0::/slurm/job_7\n")
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\nHugePages_Total: 0\n")
+    assert host.free(tmp_path) == 4000 * 1024
+    (tmp_path / "proc/self/cgroup").write_text("0::/slurm/job_7\n")
     assert host.free(tmp_path) == 4000 * 1024
     group = tmp_path / "sys/fs/cgroup" / where
     group.mkdir(parents=True)
