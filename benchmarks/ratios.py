@@ -4,9 +4,9 @@
 
 runs benchmarks/trainer.py (speed) on one GPU and on --ranks, and benchmarks/peers.py for each peer, one after the
 other, each in a process of its own, and that as often as asked: the same shape, tokens, GPU and run. Prints one JSON
-object: tokens/s of each by round, and of each round the ratios; how busy the host's cores were before it, because a
-peer whose kernels are started one by one suffers more from that. What is measured shows on stderr at once, so that a
-run cut short has not been for nothing.
+object: tokens/s, MFU and peak memory of each by round, and of each round the ratios; how busy the host's cores were
+before it, because a peer whose kernels are started one by one suffers more from that. What is measured shows on stderr
+at once, so that a run cut short has not been for nothing.
 
 `--shape tiny --attention sdpa --peers transformers` runs on a CPU, to see that it works.
 """
@@ -30,6 +30,7 @@ from benchmarks.random_run import lengths_of
 from minitau.episode import BadInput
 from minitau.log import run_script
 
+Speed = dict[str, float]  # tokens_per_second, mfu, peak_gb
 OURS = {"auto": "recompute auto", "all": "recompute all"}  # how blocks are recomputed: as the trainer's report has it
 
 
@@ -43,51 +44,60 @@ def output_of(command: Sequence[str], gpus: str | None = None) -> str:
     return done.stdout
 
 
-def ours(args: argparse.Namespace, ranks: int) -> dict[str, float]:
-    """Tokens/s of all ranks together, by how many blocks are recomputed."""
+def ours(args: argparse.Namespace, ranks: int) -> dict[str, Speed]:
+    """Of all ranks together (peak_gb: of one), by how many blocks are recomputed."""
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "speed.json"
         what = ["-m", "benchmarks.trainer", "--parts", "speed", "--shape", args.shape, "--steps", str(args.steps)]
         output_of([*start, *what, "--out", str(out)])
         found = json.loads(out.read_text())["speed"]
-    return {name: found[setting]["tokens_per_second"] for name, setting in OURS.items()}
+    return {name: speed_of(found[setting]) for name, setting in OURS.items()}
 
 
-def measured(who: str, speed: Any) -> Any:
-    """The speed again, once it is shown."""
-    print(f"{who}: {json.dumps(speed)} tokens/s", file=sys.stderr, flush=True)
+def speed_of(row: dict[str, Any]) -> Speed:
+    """What a benchmark's row says of it; no memory where there is no GPU."""
+    return {name: row[name] for name in ("tokens_per_second", "mfu", "peak_gb") if name in row}
+
+
+def shown(who: str, speed: Any) -> Any:
+    """The same, once it stands on stderr."""
+    print(f"{who}: {json.dumps(speed)}", file=sys.stderr, flush=True)
     return speed
 
 
-def theirs(args: argparse.Namespace, peer: str) -> float:
-    """Tokens/s of a peer, which sees one GPU: transformers' Trainer would take all for one process."""
+def theirs(args: argparse.Namespace, peer: str) -> Speed:
+    """Of a peer, which sees one GPU: transformers' Trainer would take all for one process."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     command = ["-m", "benchmarks.peers", "--which", peer, "--shape", args.shape, "--attention", args.attention]
     command += ["--lengths", ",".join(map(str, lengths_of(args))), "--steps", str(args.steps + 2)]
     row = json.loads(output_of([*command, *(["--liger"] if args.liger else [])], first).splitlines()[-1])
     if "tokens_per_second" not in row:
         raise BadInput(f"{peer}: {row.get('out_of_memory', 'it took no step')}")
-    return row["tokens_per_second"]
+    return speed_of(row)
 
 
 def play_round(args: argparse.Namespace) -> dict[str, Any]:
     """Everybody once, and how they compare."""
     load = os.getloadavg()[0]
-    one = measured("minitau", ours(args, 1))
+    one = shown("minitau", ours(args, 1))
     speeds: dict[str, Any] = {"minitau": one}
     ratios: dict[str, float] = {}
+
+    def compare(name: str, speed: Speed, to: Speed, times: int = 1) -> None:
+        ratios[name] = speed["tokens_per_second"] / to["tokens_per_second"] / times
+
     for peer in args.peers:
-        speeds[peer] = measured(peer, theirs(args, peer))
-        ratios |= {f"recompute {name} / {peer}": speed / speeds[peer] for name, speed in one.items()}
+        speeds[peer] = shown(peer, theirs(args, peer))
+        for name, speed in one.items():
+            compare(f"recompute {name} / {peer}", speed, speeds[peer])
     if args.ranks > 1:
-        both = f"minitau on {args.ranks} GPUs"
-        several = speeds[both] = measured(both, ours(args, args.ranks))
-        ratios |= {
-            f"recompute {name} on {args.ranks} GPUs / {args.ranks} x one": several[name] / args.ranks / speed
-            for name, speed in one.items()
-        }
-    return {"busy_cores": load, "tokens_per_second": speeds, "ratios": ratios}
+        together = f"minitau on {args.ranks} GPUs"
+        speeds[together] = shown(together, ours(args, args.ranks))
+        for name, speed in one.items():
+            name_of_both = f"recompute {name} on {args.ranks} GPUs / {args.ranks} x one"
+            compare(name_of_both, speeds[together][name], speed, args.ranks)
+    return {"busy_cores": load, "speeds": speeds, "ratios": ratios}
 
 
 def main(argv: list[str]) -> None:

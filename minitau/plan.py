@@ -220,8 +220,9 @@ def text(case: Case) -> str:
     copy = state_bytes(shape) / host.SHARE
     disk = (cfg.keep + 1) * checkpoint_bytes(shape) + HALF * memory.parameters(shape)
     lines += [
-        f"Of the node: {gb(loading)} of its own memory to load {many(case.ranks, 'rank')}, later {gb(copy)} free, or "
-        f"updates wait for checkpoints; {gb(disk)} of disk for {cfg.keep} + 1 checkpoints and the model",
+        f"Of the node's own memory: {gb(loading)} to load {many(case.ranks, 'rank')}; later {gb(copy)} free, or "
+        "updates wait until checkpoints are on the disk",
+        f"Of its disk: {gb(disk)} for {cfg.keep} + 1 checkpoints and the model",
         "",
     ]
     if not problems(case):

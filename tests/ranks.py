@@ -154,6 +154,20 @@ def begin(run: runs.Run, folder: Path, step: int) -> None:
     checkpoint.begin(folder, step, run.model, run.optimizer, {"mark": step}, **how)
 
 
+def trained_before_the_disk(folder: Path, reference: torch.nn.Module) -> dict[str, object]:
+    """Three steps, a checkpoint, two more before anything of it is on the disk."""
+    run = new_run()
+    found = {"metrics": train_steps(run, reference, range(3))}
+    with late_disk():
+        begin(run, folder, 3)
+        found["at three"] = weights_of(run.model)
+        checkpoint.wait_until_copied()
+        train_steps(run, reference, range(3, 5))
+        assert checkpoint.latest(folder) is None
+    checkpoint.finish()
+    return {**found, "at five": weights_of(run.model)}
+
+
 def save(run: runs.Run, folder: Path, step: int) -> Path:
     begin(run, folder, step)
     return checkpoint.finish()
@@ -236,17 +250,7 @@ def main(folder: Path) -> None:
     recomputing = new_run(keep=0)
     found["recomputed"] = gradients_of(recomputing, reference, samples_of())
 
-    # Three steps, a checkpoint, two more before anything of it is on the disk.
-    run = new_run()
-    found["metrics"] = train_steps(run, reference, range(3))
-    with late_disk():
-        begin(run, folder / "by-two", 3)
-        found["at three"] = weights_of(run.model)
-        checkpoint.wait_until_copied()
-        train_steps(run, reference, range(3, 5))
-        assert checkpoint.latest(folder / "by-two") is None
-    checkpoint.finish()
-    found["at five"] = weights_of(run.model)
+    found |= trained_before_the_disk(folder / "by-two", reference)
 
     # The checkpoint of one process, read by two, and trained on.
     run = new_run(seed=7)

@@ -61,10 +61,10 @@ def test_ratios_are_of_one_round_and_their_median_of_all(monkeypatch, capsys):
 
     def ours(args, ranks):
         speed = next(alone if ranks == 1 else together)
-        return {"auto": speed, "all": speed / 2}
+        return {"auto": {"tokens_per_second": speed}, "all": {"tokens_per_second": speed / 2}}
 
     monkeypatch.setattr(ratios, "ours", ours)
-    monkeypatch.setattr(ratios, "theirs", lambda args, which: next(peer))
+    monkeypatch.setattr(ratios, "theirs", lambda args, which: {"tokens_per_second": next(peer)})
     ratios.main(["--rounds", "3", "--ranks", "2", "--peers", "trl"])
     found = json.loads(capsys.readouterr().out)
     assert [each["ratios"]["recompute auto / trl"] for each in found["rounds"]] == [2.0, 3.0, 1.5]
@@ -83,13 +83,13 @@ def test_a_benchmark_that_fails_ends_the_ratios_with_its_last_word():
 
 def test_a_peer_sees_one_gpu(monkeypatch):
     """TRL refuses several in one process."""
-    seen = "import json, os; print(json.dumps({'tokens_per_second': os.environ['CUDA_VISIBLE_DEVICES']}))"
+    seen = "import json, os; print(json.dumps({'tokens_per_second': 7, 'mfu': os.environ['CUDA_VISIBLE_DEVICES']}))"
     monkeypatch.setattr(ratios, "output_of", lambda command, gpus=None, run=ratios.output_of: run(["-c", seen], gpus))
     args = argparse.Namespace(shape="tiny", attention="sdpa", steps=1, liger=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert ratios.theirs(args, "trl") == "0"
+    assert ratios.theirs(args, "trl") == {"tokens_per_second": 7, "mfu": "0"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    assert ratios.theirs(args, "trl") == "3"
+    assert ratios.theirs(args, "trl")["mfu"] == "3"
 
 
 def test_unknown_parts_of_a_benchmark_are_named():

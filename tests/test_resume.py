@@ -86,7 +86,7 @@ def test_kill_and_resume(stage, tiny_dir, data, tmp_path):
 
 SLOW_DISK = """
 import os, signal, sys, threading, time, train
-from minitau import checkpoint, pretrained, log, rollout
+from minitau import checkpoint, log, rollout
 write, collect, events = checkpoint.write, rollout.collect, []
 def slow(run_dir, step, fill, keep):
     time.sleep(3)
