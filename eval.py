@@ -188,6 +188,7 @@ def main(argv: list[str]) -> None:
         print(table(rows))
         if cfg.num_trials > 2:  # else the table has them all
             print(f"\n{every_k([row for row in rows if row['stage'] == rows[-1]['stage']])}")
+        rollout.require_room(played)
         if rows[-1]["pass@1"] is None:
             raise EpisodeError(f"no episode has a verdict; the first broke by {played[0].detail}; --resume plays again")
         checkpoint.write_json(Path(cfg.out) / "results.json", rows)

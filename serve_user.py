@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from minitau import cli, config, parallel, pretrained
-from minitau.chat import Chat
+from minitau.chat import Chat, without_thought
 from minitau.conversations import read_message
 from minitau.engines import open_engine
 from minitau.engines.launch import ENVIRONMENT, command_line
@@ -65,7 +65,8 @@ def complete(body: Any, cfg: config.Server, chat: Chat, engine: Engine) -> dict[
     # Each request is a session of its own: the engine finds the conversation's earlier turns by their ids.
     session = uuid.uuid4().hex
     completion = engine.generate(prompt_ids, Sampling(temperature, limit), session=session, seed=seed)
-    action = chat.parse(completion.ids, opening.tools)
+    # tau2 answers a call of a tool that there is not; where there are none, who writes one is only speaking.
+    action = chat.parse(completion.ids, None if opening.tools else ())
     cut = completion.finish == "length"
     return {
         "id": f"chatcmpl-{session}",
@@ -83,7 +84,7 @@ def complete(body: Any, cfg: config.Server, chat: Chat, engine: Engine) -> dict[
 
 def choice(action: Action, cut: bool) -> dict[str, Any]:
     """What the model said, as OpenAI puts it. A malformed tool call is passed on as the text it is."""
-    message: dict[str, Any] = {"role": "assistant", "content": action.text}
+    message: dict[str, Any] = {"role": "assistant", "content": without_thought(action.text)}
     if action.calls:
         # tau2 allows words or calls, never both.
         message = {"role": "assistant", "content": None, "tool_calls": []}

@@ -170,22 +170,24 @@ class Chat:
         parts = [message.content] if message.content else []
         return "\n".join(parts + [call_text(call) for call in calls])
 
-    def parse(self, ids: Sequence[int], tools: Sequence[dict[str, Any]], cut: bool = False) -> Action:
+    def parse(self, ids: Sequence[int], tools: Sequence[dict[str, Any]] | None, cut: bool = False) -> Action:
         """What the agent did by saying `ids`. Never raises: a reply that is no action has `.error`.
 
-        `tools` are the schemas of the opening; `cut` says that the reply hit its length limit.
+        `tools` are the schemas of the opening, if a call of any other tool is to be an error; `cut` says that the
+        reply hit its length limit.
         """
         said = [i for i in ids if i not in self.stop_ids]
         text = self.decode(said)
         try:
             if cut:
                 raise MalformedReply("the reply was too long and was cut off; be brief")
-            return self.parse_text(text, {tool["function"]["name"] for tool in tools})
+            return self.parse_text(text, None if tools is None else {tool["function"]["name"] for tool in tools})
         except MalformedReply as error:
             return Action(text=text, error=str(error))
 
-    def parse_text(self, text: str, names: set[str]) -> Action:
-        """The action that `text` is. Raises MalformedReply with what to tell the agent."""
+    def parse_text(self, text: str, names: set[str] | None) -> Action:
+        """The action that `text` is, of the tools of these names, or of any. Raises MalformedReply with what to tell
+        the agent."""
         spoken, calls = read_reply(without_thought(text))
         if self.dialect == "single-call":
             return single_call(calls, names)
@@ -201,7 +203,7 @@ def call_text(call: Call) -> str:
     return f"<tool_call>\n{body}\n</tool_call>"
 
 
-def single_call(calls: tuple[Call, ...], names: set[str]) -> Action:
+def single_call(calls: tuple[Call, ...], names: set[str] | None) -> Action:
     if len(calls) != 1:
         raise MalformedReply(f"a reply must be exactly one tool call, this one had {len(calls)}")
     call = calls[0]
@@ -212,12 +214,12 @@ def single_call(calls: tuple[Call, ...], names: set[str]) -> Action:
         if not isinstance(content, str) or not content.strip():
             raise MalformedReply("respond needs `content`, a text that is not empty")
         return Action(text=content)
-    check_name(call, names | {"respond", "done"})
+    check_name(call, None if names is None else names | {"respond", "done"})
     return Action(calls=calls)
 
 
-def check_name(call: Call, names: set[str]) -> None:
-    if call.name not in names:
+def check_name(call: Call, names: set[str] | None) -> None:
+    if names is not None and call.name not in names:
         raise MalformedReply(f"there is no tool {call.name!r}; the tools are: {', '.join(sorted(names))}")
 
 

@@ -85,8 +85,8 @@ class Call:
 class Action:
     """What the agent did in one turn. Exactly one of four things:
 
-    it spoke to the customer (`text`), called tools (`calls`, and then `text` is a thought that
-    nobody hears), ended the conversation (`done`), or wrote what cannot be parsed (`error` says
+    it spoke to the customer (`text`), called tools (`calls`, and then `text` is a thought that the
+    customer does not hear), ended the conversation (`done`), or wrote what cannot be parsed (`error` says
     why; such an action is answered in the conversation and never reaches the environment).
     """
 
@@ -113,6 +113,8 @@ class Opening:
     tools: tuple[dict[str, Any], ...]  # OpenAI function schemas
     messages: tuple[Message, ...]  # the greeting, if the domain has one, and the customer's first words
     user_seconds: float = field(default=0.0, compare=False)  # how long the customer took to say them
+    stop: Stop | None = None  # if it is over before the agent's first turn
+    answers_any_call: bool = False  # also one of a tool that there is not, which else is a malformed reply
 
 
 @dataclass(frozen=True)

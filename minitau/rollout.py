@@ -74,6 +74,8 @@ def converse(
         opening = env.reset(trajectory.task, seed)
     book_user(trajectory, opening.user_seconds)
     trajectory.messages += opening.messages
+    if opening.stop:
+        return opening.stop
     prompt = chat.open(opening)
     bad_calls = 0
     for turn in range(limits.max_turns):
@@ -88,7 +90,8 @@ def converse(
                 session=seed,
                 seed=seed_number(f"{seed}:{turn}"),
             )
-        action = chat.parse(completion.ids, opening.tools, cut=completion.finish == "length")
+        tools = None if opening.answers_any_call else opening.tools
+        action = chat.parse(completion.ids, tools, cut=completion.finish == "length")
         trajectory.say(completion, action.error)
         trajectory.messages.append(Message("assistant", action.text, action.calls))
         if action.error:
@@ -247,12 +250,8 @@ def require_verdicts(trajectories: Sequence[Trajectory]) -> str:
     Raises EpisodeError if most did, or the agent had room for a reply in none: nothing can be learned or said from the
     rest.
     """
+    require_room(trajectories)
     broken = [t for t in trajectories if t.stop.ours]
-    if trajectories and all(t.stop == Stop.MAX_TOKENS and not t.turns for t in trajectories):
-        shortest = min(len(t.ids) for t in trajectories)
-        raise EpisodeError(
-            f"no conversation had room for a reply: they open with {shortest} tokens; raise --max-tokens"
-        )
     if len(broken) <= TOO_MANY_BROKEN * len(trajectories):
         return ""
     why = f"the first by {broken[0].stop.value}: {broken[0].detail}"
@@ -260,6 +259,12 @@ def require_verdicts(trajectories: Sequence[Trajectory]) -> str:
     if 2 * len(broken) > len(trajectories):
         raise EpisodeError(f"{count}; {why}; mend that and go on with --resume")
     return f"WARNING: {count} and are left out; {why}"
+
+
+def require_room(trajectories: Sequence[Trajectory]) -> None:
+    """Raises EpisodeError if each conversation was full before the agent's first reply."""
+    if trajectories and all(t.stop == Stop.MAX_TOKENS and not t.turns for t in trajectories):
+        raise EpisodeError("no conversation had room for a reply: what each opens with is too long; raise --max-tokens")
 
 
 def group_jobs(tasks: Sequence[Task], group_size: int) -> list[tuple[Task, int]]:

@@ -6,12 +6,13 @@
 What tau2 computes from them and what eval.py prints is the same, with these bounds:
 
 * Episodes that broke on our side are left out: tau2 would count them as failures. It gives pass^k up to the
-  smallest number of trials that a task has; eval.py goes on, over the tasks that have k.
+  smallest number of trials that a task has; eval.py goes on, over the tasks that have k. Its average reward is over
+  episodes, pass@1 over tasks: they differ where tasks differ in trials.
 * The conversation is what the agent saw. In telecom the customer's calls of its own tools, and what they
   answered, are not in it, so telecom's conversations cannot be graded again from these files; those of the other
-  domains can. The verdict in `reward_info` was given by tau2's grader when the episode ended.
+  domains can, unless the calculator was asked for a power that would take it hours. The verdict in `reward_info` was given by tau2's grader when the episode ended.
 * Replies that could not be parsed, and our answers to them, stand as system messages: neither the customer nor
-  tau2's environment ever got them. What the agent thought beside a call is in that message's `raw_data`.
+  tau2's environment ever got them.
 * Costs and times of messages are not known, and absent.
 
 tau2 is imported only when something is written. This file knows nothing of policies or training.
@@ -138,8 +139,7 @@ def messages(t: Trajectory) -> list[Any]:
         else:
             calls = tool_calls(each, i)
             open_calls = [call.id for call in calls]
-            text = {"raw_data": {"thought": each.content}} if calls else {"content": each.content or None}
-            written.append(tau2.AssistantMessage(tool_calls=calls or None, **text, **at))
+            written.append(tau2.AssistantMessage(content=each.content or None, tool_calls=calls or None, **at))
     return written
 
 

@@ -177,15 +177,20 @@ def test_a_tool_call_is_given_as_openai_gives_it(chat):
 
 
 def test_words_are_words_and_a_malformed_call_is_passed_on_as_text(chat):
-    for text in ("I want 787. é ☃", "<tool_call>{", '<tool_call>{"name": "fly", "arguments": {}}</tool_call>'):
+    call = '<tool_call>{"name": "fly", "arguments": {}}</tool_call>'
+    for text, tools in (("I want 787. é ☃", TOOLS), ("<tool_call>{", TOOLS), (call, [])):
         with serving(chat, Says([*chat.encode(text), chat.eos_id])) as base:
-            row = complete(base, tools=TOOLS)[1]["choices"][0]
+            row = complete(base, tools=tools)[1]["choices"][0]
         assert row == {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    with serving(chat, Says([*chat.encode(call), chat.eos_id])) as base:
+        row = complete(base, tools=TOOLS)[1]["choices"][0]
+    assert row["message"]["tool_calls"][0]["function"]["name"] == "fly", "tau2 says that there is no such tool"
 
 
-def test_a_thought_is_not_passed_on(chat):
-    with serving(chat, Says([*chat.encode("<think>hm</think>\n\nHello."), chat.eos_id])) as base:
-        assert complete(base)[1]["choices"][0]["message"]["content"] == "Hello."
+@pytest.mark.parametrize("said", ["Hello.", "<tool_call>{"])
+def test_a_thought_is_not_passed_on(chat, said):
+    with serving(chat, Says([*chat.encode(f"<think>###STOP###</think>\n\n{said}"), chat.eos_id])) as base:
+        assert complete(base)[1]["choices"][0]["message"]["content"].strip() == said
 
 
 BAD = {

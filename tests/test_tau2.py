@@ -147,14 +147,29 @@ def test_demonstration_is_what_the_agent_saw(world):
 # --- the agent's side ---
 
 
-def test_text_beside_calls_is_a_thought(play):
+def test_only_the_grader_gets_text_beside_calls(play):
     task = Task("mock", "base", "update_task_with_initialization_data")
     env, _, customer = play(task, "Help.", "###STOP###")
-    thought = "The agent acknowledged the previous context"  # what this task wants said aloud
-    env.step(Action(thought, calls=(Call("get_users", {}),)))
+    wanted = (
+        "The agent acknowledged the previous context"  # said to nobody, it counts in tau2 as it would if said aloud
+    )
+    env.step(Action(wanted, calls=(Call("get_users", {}),)))
     env.step(Action("Done."))
-    assert not any(c.passed for c in env.evaluate(Stop.USER_STOP).checks if c.kind == "communicate")
-    assert thought not in json.dumps(customer.requests)
+    told = {check.name: check.passed for check in env.evaluate(Stop.USER_STOP).checks if check.kind == "communicate"}
+    assert told[wanted] and not all(told.values()) and wanted not in json.dumps(customer.requests)
+
+
+def test_a_call_of_no_tool_is_an_error_of_tau2s(play):
+    """The calls beside it are made, and ten such errors end the episode."""
+    env, opening, _ = play(MOCK, "Help.", "###STOP###")
+    assert opening.answers_any_call
+    unknown = Call("fly", {"to": "moon"})
+    seen = env.step(Action(calls=(unknown, CREATE)))
+    assert seen.messages[0].content == "Error: Tool 'fly' not found." and "Error" not in seen.messages[1].content
+    assert env.step(Action("Done.")).stop == Stop.USER_STOP and env.evaluate(Stop.USER_STOP).reward == 1.0
+
+    env, _, _ = play(MOCK, "Help.")
+    assert [env.step(Action(calls=(unknown,))).stop for _ in range(10)] == [None] * 9 + [Stop.BAD_CALLS]
 
 
 def test_a_history_is_part_of_the_opening(play):

@@ -15,7 +15,7 @@ import pytest
 from tau2_world import MOCK, ROAMING, ROOT, Customer, Raw
 
 from minitau.envs.tau2 import Tau2, customer
-from minitau.episode import Action, Call, Completion, Message, Sampling, Stop, UserError
+from minitau.episode import Action, Call, Completion, Message, Sampling, Stop, Task, UserError
 from minitau.rollout import Limits
 from minitau.rollout import play as play_episode
 
@@ -54,10 +54,12 @@ def test_half_a_character_does_not_reach_the_disk(play):
     json.dumps([str(each) for each in env._record], ensure_ascii=False).encode()
 
 
-def test_a_customer_lost_in_its_tools_is_an_error(play):
-    with pytest.raises(UserError, match="6 calls of its own tools without a word"):
-        play(ROAMING, [("check_status_bar", "{}")] * 2, max_user_calls=5)
-    assert len(play.customer.requests) == 3
+def test_a_customer_lost_in_its_tools_uses_up_the_steps(play):
+    """As in tau2: each request and what answers its calls are a step each, and the episode is scored."""
+    env, opening, customer = play(ROAMING, [("check_status_bar", "{}")] * 2, max_steps=8)
+    assert opening.stop == Stop.MAX_TURNS and len(customer.requests) == 4
+    assert [message.role for message in opening.messages] == ["assistant"], "what it did there is its own"
+    assert env.evaluate(opening.stop).reward == 0.0
 
 
 def test_the_seed_reaches_the_customer(play):
@@ -280,6 +282,11 @@ def test_a_key_never_reaches_a_log(world):
         assert SECRET not in text and SECRET[8:] not in text
 
 
-def test_a_customer_that_leaves_at_once_is_an_error(play):
-    with pytest.raises(UserError, match="before the agent spoke"):
-        play(MOCK, "###STOP###")
+def test_a_customer_that_leaves_at_once_is_scored(play):
+    """As in tau2, where a task that wants nothing done is then solved."""
+    env, opening, _ = play(MOCK, "###STOP###")
+    assert opening.stop == Stop.USER_STOP and opening.messages[-1] == Message("user", "###STOP###")
+    assert env.evaluate(Stop.USER_STOP).reward == 0.0
+    nothing = Task("airline", "base", "0")
+    env, opening, _ = play(nothing, "###OUT-OF-SCOPE###")
+    assert opening.stop == Stop.USER_STOP and env.evaluate(opening.stop).reward == 1.0

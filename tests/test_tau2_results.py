@@ -152,7 +152,7 @@ def test_it_has_the_policy_that_was_played(played, tmp_path):
 
 
 def test_every_kind_of_reply_has_its_place(world):
-    """Thoughts are not said, malformed replies and our answers are nobody's, results belong to their calls."""
+    """Malformed replies and our answers are nobody's, results belong to their calls."""
     from tau2.metrics.agent_metrics import is_successful
 
     task = world.tasks("retail", "test")[0]
@@ -178,9 +178,9 @@ def test_every_kind_of_reply_has_its_place(world):
     roles = " ".join(message.role for message in sim.messages)
     assert roles == "assistant user system system assistant tool tool assistant"
     assert "<tool_call>{" in sim.messages[2].content and "not JSON" in sim.messages[3].content
-    thought, first, second, end = sim.messages[4:]
-    assert thought.content is None and thought.raw_data == {"thought": "I look twice"}
-    assert [c.id for c in thought.tool_calls] == [first.id, second.id] and first.id != second.id
+    asked, first, second, end = sim.messages[4:]
+    assert asked.content == "I look twice", "beside the calls, as in tau2"
+    assert [c.id for c in asked.tool_calls] == [first.id, second.id] and first.id != second.id
     assert first.error and not second.error and second.content == "found" and sim.duration == 2
     assert end.content is None and end.tool_calls is None
     assert [m.turn_idx for m in sim.messages] == list(range(8)) and not any(m.timestamp for m in sim.messages)

@@ -5,10 +5,11 @@ An episode runs in its caller's thread and blocks while the customer's model ans
 
 from __future__ import annotations
 
+import ast
 import copy
 import itertools
+import operator
 import os
-import re
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -18,15 +19,22 @@ from minitau.envs.tau2.customer import Customer, certificates, how_it_ends, with
 from minitau.envs.tau2.domain import find, open_domain, start
 from minitau.envs.tau2.install import check_tools, line, load
 from minitau.envs.tau2.scripts import Reader, gold_lines, script
-from minitau.episode import Action, BadInput, Call, Check, EnvError, Message, Observation, Stop, Task, UserError
+from minitau.episode import Action, BadInput, Call, Check, EnvError, Message, Observation, Stop, Task
 
 SCRIPTED = "script"  # the user_model that is none: the gold script's customer
 # tau2's grader scores these ends, and gives 0 to any other.
 ENDS = {Stop.USER_STOP: "user_stop", Stop.TRANSFER: "user_stop", Stop.AGENT_STOP: "agent_stop"}
 MAX_ERRORS = 10  # failed calls of both sides that end an episode, as tau2 has it
-# tau2's calculator would hold the interpreter, and so all other episodes, for hours over 9**9**9.
-# It gets one power at most, with a plain exponent below 100.
-HUGE_POWER = re.compile(r"\*\*.*\*\*|\*\*(?!\s*\d{1,2}(?!\d))", re.DOTALL)
+HUGE = 100_000  # bits: a larger power would keep tau2's calculator, and all other episodes with it, too long
+ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
 
 
 class Tau2:
@@ -42,7 +50,6 @@ class Tau2:
     user_timeout      seconds one request may take
     user_retries      how often a failed request is made again, after growing pauses
     max_steps         of an episode, as tau2's orchestrator counts them; `demonstrate` has no limit
-    max_user_calls    calls of its own tools the customer may make before it speaks (telecom)
     max_tool_chars    cut what the agent reads of a tool's output; the grader always gets all of it
     policies          domain -> text that replaces its policy, inside tau2's own instructions
 
@@ -60,7 +67,6 @@ class Tau2:
         user_timeout: float = 60,
         user_retries: int = 3,
         max_steps: int = 100,
-        max_user_calls: int = 30,
         max_tool_chars: int | None = None,
         policies: Mapping[str, str] | None = None,
     ):
@@ -70,7 +76,7 @@ class Tau2:
             certificates()
             without_price(user_model)
         self.user_model, self.user_retries = user_model, user_retries
-        self.max_steps, self.max_user_calls, self.max_tool_chars = max_steps, max_user_calls, max_tool_chars
+        self.max_steps, self.max_tool_chars = max_steps, max_tool_chars
         self.policies = dict(policies or {})
         # No retries of litellm's own: they multiply (7 requests for "3") and come without a pause.
         self.user_args: dict[str, Any] = {"temperature": user_temperature, "timeout": user_timeout}
@@ -155,14 +161,19 @@ class Tau2Env:
             self._customer = Customer(player, heard, name=str(world.user_model), retries=world.user_retries)
         except Exception as error:
             raise EnvError(f"{task.key} does not start: {line(error)}") from error
-        if how_it_ends(self._listen(said)):
-            raise UserError("the customer left before the agent spoke")
-        said = self._visible(self._record)
-        return episode.Opening(world.instructions(task.domain), domain.tools, said, self._customer.seconds)
+        words = self._listen(said)
+        return episode.Opening(
+            world.instructions(task.domain),
+            domain.tools,
+            self._visible(self._record),
+            self._customer.seconds,
+            stop=self._over() or how_it_ends(words),
+            answers_any_call=True,
+        )
 
     def step(self, action: Action) -> Observation:
-        """Speak to the customer, call tools, or end. Text beside calls is a thought: tau2 allows
-        one or the other, so it is not recorded. Raises UserError, EnvError."""
+        """Speak to the customer, call tools, or end. Text beside calls does not reach the customer, but tau2's grader
+        reads it for what should be communicated. Raises UserError, EnvError."""
         message = load().message
         if action.done:
             return Observation(stop=Stop.AGENT_STOP)
@@ -182,7 +193,8 @@ class Tau2Env:
             safe = [call for call in calls if not _freezes(call)]
             results = self._run(safe) if safe else []
             if safe:
-                self._record += [message.AssistantMessage(role="assistant", tool_calls=safe), *results]
+                said = message.AssistantMessage(role="assistant", content=action.text or None, tool_calls=safe)
+                self._record += [said, *results]
             answers = {call.id: result for call, result in zip(safe, results)}
             refused = Message("tool", "Error: the calculator does not take powers of that size")
             return Observation(
@@ -257,15 +269,11 @@ class Tau2Env:
     def _listen(self, heard: Any) -> str:
         """What the customer says next; nothing if the episode is over. It may first use its own tools, which the
         agent never sees."""
-        calls = 0
         while not self._over():
             said = self._customer.answer(heard)
             self._record.append(said)
             if not said.is_tool_call():
                 return said.content
-            calls += len(said.tool_calls)
-            if calls > self._world.max_user_calls:
-                raise UserError(f"the customer made {calls} calls of its own tools without a word")
             results = self._run(said.tool_calls)
             self._record += results
             heard = load().message.MultiToolMessage(role="tool", tool_messages=results)
@@ -300,4 +308,35 @@ class Tau2Env:
 
 
 def _freezes(call: Any) -> bool:
-    return call.name == "calculate" and bool(HUGE_POWER.search(str(call.arguments.get("expression"))))
+    """Whether a call asks the calculator, which evaluates what it is given, for something like 9**9**9: hours."""
+    if call.name != "calculate":
+        return False
+    try:
+        _evaluated(ast.parse(str(call.arguments.get("expression")).strip(), mode="eval").body)
+    except (_Huge, RecursionError):
+        return True
+    except Exception:  # what the calculator says of such an expression, it says at once
+        return False
+    return False
+
+
+class _Huge(Exception):
+    """A number of more than HUGE bits."""
+
+
+def _evaluated(node: ast.expr) -> Any:
+    """The number that the calculator would make of it. Raises _Huge instead of making a huge one."""
+    match node:
+        case ast.Constant(value=int() | float()):
+            return node.value
+        case ast.UnaryOp():
+            return ARITHMETIC[type(node.op)](_evaluated(node.operand))
+        case ast.BinOp(op=ast.Pow()):
+            base, exponent = _evaluated(node.left), _evaluated(node.right)
+            whole = isinstance(base, int) and isinstance(exponent, int) and abs(base) > 1
+            if whole and base.bit_length() * exponent > HUGE:
+                raise _Huge
+            return base**exponent
+        case ast.BinOp():
+            return ARITHMETIC[type(node.op)](_evaluated(node.left), _evaluated(node.right))
+    raise ValueError
