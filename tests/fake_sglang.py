@@ -80,7 +80,7 @@ class Fake:
             said = engine.generate(ids, sampling, session=name, seed=seed)
             ids.append(said.ids[0])
             logprobs.append(said.logprobs[0])
-            if said.finish == "stop":
+            if said.finish == "stop" and len(logprobs) < params["max_new_tokens"]:  # the real one goes by length first
                 finish = {"type": "stop", "matched": said.ids[0]}
                 break
         output = ids[len(body["input_ids"]) :]

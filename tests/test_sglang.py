@@ -651,9 +651,21 @@ def meta(reason, pairs):
         meta({"type": "abort", "message": "x"}, [[-1.0, 3, None]]),
     ],
 )
-def test_a_reply_of_another_form_is_an_engine_error(reply):
+def test_a_reply_of_another_form_is_an_engine_error(reply, monkeypatch):
+    engine = SGLangEngine.__new__(SGLangEngine)
+    engine.takes_weights, engine.vocab_size, engine.max_context, engine.stop_ids = True, 97, 99, sorted(STOP)
+    monkeypatch.setattr(SGLangEngine, "url", "http://there")
+    monkeypatch.setattr(engine, "ask", lambda body: (reply, 1))
     with pytest.raises(EngineError):
-        read_completion(reply, 1, "1")
+        engine.generate([1], Sampling(), session="", seed=0)
+
+
+def test_a_reply_whose_last_token_allowed_is_its_stop_token_is_whole():
+    """SGLang looks at the length first."""
+    stop = min(STOP)
+    for last, finish in ((stop, "stop"), (stop + 1, "length")):
+        reply = meta({"type": "length"}, [[-1.0, 5, None], [-1.0, last, None]])
+        assert read_completion(reply, 1, "1", {stop}).finish == finish
 
 
 def test_a_dead_address_is_one_clear_line():

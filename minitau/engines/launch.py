@@ -166,7 +166,10 @@ def command_line(start: str, flags: dict[str, Any], switches: Sequence[str]) -> 
             "SGLang is not installed: pip install -r requirements-gpu.txt, say with --engine-command how it is started "
             "(PYTHON -m sglang.launch_server), or take --engine local"
         )
-    words = shlex.split(start) or [sys.executable, "-m", "sglang.launch_server"]
+    try:
+        words = shlex.split(start) or [sys.executable, "-m", "sglang.launch_server"]
+    except ValueError as error:
+        raise BadInput(f"--engine-command {start!r}: {str(error).lower()}; it must be a command of a shell") from None
     theirs = {word.partition("=")[0] for word in words}
     ours = [(flag, str(value)) for flag, value in flags.items() if flag not in theirs]
     return [*words, *(word for pair in ours for word in pair), *(each for each in switches if each not in theirs)]

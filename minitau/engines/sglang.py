@@ -15,7 +15,7 @@ import itertools
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,12 @@ class SGLangEngine(Upkeep):
             "logprob_start_len": -1,
         }
         reply, version = self.ask(body)
-        return read_completion(reply, version, str(version) if self.takes_weights else self.loaded)
+        name = str(version) if self.takes_weights else self.loaded
+        try:
+            return read_completion(reply, version, name, self.stop_ids)
+        except (KeyError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise EngineError(f"{self.url}: its reply cannot be read ({why}); is it a server of SGLang?") from None
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Hand `weights` over; all ranks together. Iterated again if a server must be started anew.
@@ -249,22 +254,21 @@ class SGLangEngine(Upkeep):
             print(f"{self.url}/{what}: {error}", flush=True)
 
 
-def read_completion(reply: dict[str, Any], version: int, name: str) -> Completion:
+def read_completion(reply: dict[str, Any], version: int, name: str, stop_ids: Collection[int]) -> Completion:
     """A Completion from what /generate replies, sampled from weights `version`.
 
     name: what the server must call its weights; '' if it does not matter. Raises EngineError if it calls them
-    otherwise, for an aborted request, or for a reply of another form.
+    otherwise or for an aborted request; KeyError, TypeError or ValueError for a reply of another form.
     """
-    try:
-        meta = reply["meta_info"]
-        reason = meta["finish_reason"]
-        if reason["type"] not in ("stop", "length"):
-            raise EngineError(f"the server gave up a request: {reason.get('message', reason['type'])}")
-        if name and meta["weight_version"] != name:
-            raise EngineError(f"the server's weights are {meta['weight_version']}, not {name}: who else sends some?")
-        pairs = [(int(token), float(logprob)) for logprob, token, _ in meta["output_token_logprobs"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise EngineError(f"the server's reply cannot be read ({type(error).__name__}: {error})") from None
+    meta = reply["meta_info"]
+    reason = meta["finish_reason"]
+    if reason["type"] not in ("stop", "length"):
+        raise EngineError(f"the server gave up a request: {reason.get('message', reason['type'])}")
+    if name and meta["weight_version"] != name:
+        raise EngineError(f"the server's weights are {meta['weight_version']}, not {name}: who else sends some?")
+    pairs = [(int(token), float(logprob)) for logprob, token, _ in meta["output_token_logprobs"]]
     if not pairs:
         raise EngineError("the server replied without a single token")
-    return Completion(tuple(i for i, _ in pairs), tuple(p for _, p in pairs), reason["type"], version)
+    ids, logprobs = zip(*pairs)
+    # The server looks at the length first: to it a reply that ends with its last token allowed was cut.
+    return Completion(ids, logprobs, "stop" if ids[-1] in stop_ids else reason["type"], version)
