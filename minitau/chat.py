@@ -75,7 +75,8 @@ class Chat:
         if dialect not in DIALECTS:
             raise ChatError(f"unknown dialect {dialect!r}; choose from {', '.join(DIALECTS)}")
         if not getattr(tokenizer, "chat_template", None) or tokenizer.eos_token_id is None:
-            raise ChatError("the tokenizer has no chat template or no eos token; use a chat checkpoint's")
+            missing = "chat template" if tokenizer.eos_token_id is not None else "eos token"
+            raise ChatError(f"the tokenizer has no {missing}; use a chat checkpoint's")
         self.tokenizer = tokenizer
         self.dialect = dialect
         self.eos_id: int = tokenizer.eos_token_id
@@ -84,8 +85,10 @@ class Chat:
         self.stop_ids = frozenset({self.eos_id, vocabulary.get("<|endoftext|>", self.eos_id)})
         self.lock = threading.Lock()  # fast tokenizers are not safe to share between threads
         for role in ("user", "tool"):  # a template that cannot do this fails here, not in an episode
-            if SENTINEL not in self.delta_text([Message(role, SENTINEL)]):
+            if SENTINEL not in (delta := self.delta_text([Message(role, SENTINEL)])):
                 raise ChatError(f"the chat template drops {role} messages")
+        # Templates of models that always think open the thought themselves; a demonstration has none, and ends it.
+        self.before_reply = f"{THOUGHT_END}\n\n" if delta.rstrip().endswith("<think>") else ""
 
     def check_vocabulary(self, size: int) -> None:
         """Raise ChatError if the tokenizer has ids that a model of `size` tokens does not."""
@@ -159,7 +162,7 @@ class Chat:
 
     def write(self, message: Message) -> list[int]:
         """Ids of an assistant message as this dialect would have sampled it, eos included."""
-        return [*self.encode(self.as_dict(message)["content"]), self.eos_id]
+        return [*self.encode(self.before_reply + self.as_dict(message)["content"]), self.eos_id]
 
     def write_text(self, message: Message) -> str:
         calls = message.calls
@@ -294,11 +297,17 @@ def load_chat(model_dir: str | Path, dialect: str) -> Chat:
     """The Chat of a Hugging Face directory. Raises ChatError in one line."""
     from transformers import AutoTokenizer
 
-    if not (Path(model_dir) / "tokenizer_config.json").is_file():
+    folder = Path(model_dir)
+    if not (folder / "tokenizer_config.json").is_file():
         raise ChatError(f"{model_dir}: no tokenizer_config.json here; give a Hugging Face model directory")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ChatError(f"{model_dir}: tokenizer.json is missing; is the download complete?")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
     except Exception as error:  # what a damaged file makes of transformers is anybody's guess
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ChatError(f"{model_dir}: tokenizer cannot be loaded ({why})") from None
-    return Chat(tokenizer, dialect)
+    try:
+        return Chat(tokenizer, dialect)
+    except ChatError as error:
+        raise ChatError(f"{model_dir}: {error}") from None

@@ -100,7 +100,9 @@ def policy_loss(
 def k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
     """(N,) unbiased, non-negative estimate of KL(pi || reference) on samples of pi.
 
-    exp(d) - d - 1 with d = log reference - log pi (Schulman 2020, "Approximating KL divergence").
+    exp(d) - d - 1 with d = log reference - log pi (Schulman 2020, "Approximating KL divergence"). As a term of the
+    loss, as GRPO has it (Shao et al. 2024, eq. 4), its gradient on samples of pi is in the mean that of
+    KL(reference || pi): both are least where the two agree, but it pulls otherwise on its way there.
     """
     delta_N = reference_N - logprobs_N
     return delta_N.exp() - delta_N - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from minitau.episode import Trajectory
@@ -27,6 +28,15 @@ def reject(groups: Iterable[Sequence[Trajectory]], min_partial: float) -> list[T
             if partial(best.evaluation, best.task.domain) >= min_partial:
                 kept.append(best)
     return kept
+
+
+def without_mistakes(t: Trajectory) -> Trajectory:
+    """`t` with its malformed replies as context only: GRPO's advantage may speak against them, imitation cannot."""
+    said = list(t.said)
+    for turn in t.turns:
+        if turn.error:
+            said[turn.start : turn.end] = [False] * (turn.end - turn.start)
+    return replace(t, said=said)
 
 
 def kept_rows(groups: Iterable[Sequence[Trajectory]], kept: Sequence[Trajectory]) -> list[dict[str, Any]]:

@@ -112,6 +112,17 @@ TALK = [  # what the agent says, and what it hears then
     (says("Still there?"), [tool("a"), user("b"), tool("c")]),
 ]
 
+
+def test_a_template_that_opens_a_thought_gets_it_closed(tiny_dir):
+    """As those of Qwen3's thinking models do; a demonstration has no thought to write there."""
+    chat = make_chat(tiny_dir, template=QWEN_LIKE.replace("<think>\\n\\n</think>\\n\\n", "<think>\\n"))
+    assert chat.decode(chat.open(OPENING)).endswith("<|im_start|>assistant\n<think>\n")
+    for message in (says("Hello."), says("", LOOK)):
+        ids = chat.write(message)
+        assert chat.decode(ids).startswith("</think>\n\n")
+        assert chat.parse(ids, TOOLS) == Action(message.content, message.calls)
+
+
 # -- rendering ---------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ import pytest
 from conftest import trajectory
 
 from minitau import rejection
-from minitau.episode import Check, Evaluation, Stop, Task
+from minitau.episode import Check, Evaluation, Stop, Task, Turn
 
 
 def attempt(reward=0.0, passed=(), sample=0, stop=Stop.USER_STOP):
@@ -25,6 +25,14 @@ def test_an_unsolved_task_keeps_its_first_best_attempt_if_it_is_good_enough():
     assert rejection.reject([group], 2 / 3) == [group[1]]  # "from this partial score on"
     assert rejection.reject([group], 0.7) == []
     assert rejection.reject([group[:1]], 0.6) == []
+
+
+def test_malformed_replies_are_not_imitated():
+    t = trajectory([1, 2, 3, 4, 5, 6], [False, True, True, False, True, False], reward=1.0)
+    t.turns = [Turn(1, 3, 0, "not JSON"), Turn(4, 5, 0)]
+    seen = rejection.without_mistakes(t)
+    assert seen.ids == t.ids and seen.said == [False, False, False, False, True, False]
+    assert t.said == [False, True, True, False, True, False], "the episode stays what it was"
 
 
 def test_what_broke_on_our_side_is_never_kept():
