@@ -3,7 +3,7 @@
     python train.py --stage sft  --model MODEL --data FILE --out RUN
     python train.py --stage rft  --model MODEL --out RUN
     torchrun --nproc_per_node 8 train.py --stage grpo --model MODEL --out RUN
-    python train.py --stage grpo --model MODEL --dry-run    # what memory and time it would take
+    python train.py --stage grpo --model MODEL --preset tau2-4b --dry-run    # what memory and time it would take
 
 RUN/model is the result, a Hugging Face directory; RUN/metrics.jsonl has one line a step.
 """
@@ -16,12 +16,13 @@ import math
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from random import Random
 
 import torch
 from torch import Tensor
 
-from minitau import batch, checkpoint, cli, config, grpo, parallel, plan, rejection, reward, rollout, sft
+from minitau import batch, checkpoint, cli, config, grpo, parallel, plan, rejection, report, reward, rollout, sft
 from minitau.ahead import Player
 from minitau.curriculum import Curriculum
 from minitau.engines import check_engine, open_engine
@@ -63,7 +64,7 @@ def train_sft(cfg: config.SFT) -> None:
 
 
 def train_rft(cfg: config.RFT) -> None:
-    """Rejection fine-tuning: sample every task, keep the good episodes, SFT on exactly their ids."""
+    """Rejection fine-tuning: sample every task, keep the good episodes, SFT on exactly the ids of their replies."""
     check_engine(cfg)
     world = open_world(cfg)
     chosen = for_training(cfg, world, say)
@@ -77,7 +78,7 @@ def train_rft(cfg: config.RFT) -> None:
         say("no episode was good enough to train on: the result is the model that this stage started from")
         save(run, cfg, len(rounds), {})
         return export(run)
-    fit(run, cfg, kept, steps_before=len(rounds))
+    fit(run, cfg, list(map(rejection.without_mistakes, kept)), steps_before=len(rounds))
 
 
 def train_grpo(cfg: config.GRPO) -> None:
@@ -305,12 +306,21 @@ def screened(cfg: config.RFT | config.GRPO, chosen: Chosen, world: World, run: R
         unknown = [task for task, pays in chosen.items() if pays is None]
         found = {**chosen, **(screen(world, unknown) if unknown else {})}
         checkpoint.write_json(path, [task.key for task, pays in found.items() if pays])
-    free = set(parallel.from_main(json.loads(path.read_text()) if parallel.is_main() else None))
+    parallel.barrier()
+    free = set(read_screened(path))
     say(f"left out {len(free)} of {len(chosen)} tasks that pay for refusing or transferring at once")
     kept = [task for task in chosen if task.key not in free]
     if not kept:
         raise BadInput("every task pays for doing nothing; choose others, or add --no-screen")
     return kept
+
+
+def read_screened(path: Path) -> list[str]:
+    """The tasks' keys in RUN/screened.json. Raises BadInput if it is damaged."""
+    try:
+        return list(map(str, json.loads(path.read_text())))
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{path}: damaged ({error}); remove it, and --resume finds those tasks again") from None
 
 
 def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Sequence[Task]]) -> list[list[Trajectory]]:
@@ -320,13 +330,13 @@ def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Seq
     run.log.start("collecting", len(rounds), len(list((run.dir / "collected").glob("round-*.jsonl"))))
     for number, tasks in enumerate(rounds, 1):
         path = run.dir / "collected" / f"round-{number:04d}.jsonl"
+        jobs = rollout.group_jobs(tasks, cfg.samples)
         if not path.is_file():
             stage = stage or rollout.open_stage(cfg, world, open_engine(cfg, run.model, run.chat.stop_ids), run.chat)
             clock = Clock()
             with clock.phase("sync"):  # also forgets cached prefixes: a round repeats bit for bit
                 drift = sync(stage.engine, run, cfg, version=0)
             with clock.phase("rollout"):
-                jobs = rollout.group_jobs(tasks, cfg.samples)
                 played = rollout.collect(jobs, stage, seed=f"{cfg.seed}:rft:{number}", label=f"round {number}")
             if warning := rollout.require_verdicts(played):
                 say(warning)
@@ -336,8 +346,11 @@ def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Seq
                 path.parent.mkdir(exist_ok=True)
                 write_jsonl(path, (t.to_json() for t in played))
             parallel.barrier()
-        with open(path, encoding="utf-8") as file:
-            groups += rollout.groups_of([Trajectory.from_json(json.loads(line)) for line in file], cfg.samples)
+        advice = f"remove {path.name}, and --resume plays that round again"
+        played = report.episodes_of(path, advice)
+        if [(t.task, t.sample) for t in played] != jobs:
+            raise BadInput(f"{path}: these are not the {len(jobs)} episodes of its round; {advice}")
+        groups += rollout.groups_of(played, cfg.samples)
     run.log.finish()
     if stage:
         stage.engine.close()
@@ -408,7 +421,10 @@ def main(argv: list[str]) -> None:
             "start anew with fewer --micro-batch-tokens"
         ) from error
     finally:
-        checkpoint.finish()  # what was begun is worth the wait
+        try:
+            checkpoint.finish()  # what was begun is worth the wait
+        except Exception as error:  # every stage has ended with one that was whole, or with an error of its own
+            say(f"train.py: {error}")
         parallel.stop()
 
 

@@ -110,8 +110,10 @@ def read_line(path: Path, line: bytes) -> tuple[int | None, float | None, list[f
     try:
         row = json.loads(line)
         if "trajectory" in row:
-            t = Trajectory.from_json(row["trajectory"])
-            return row["step"], row["advantage"], row.get("old_logprobs"), t
+            t, step, advantage = Trajectory.from_json(row["trajectory"]), row["step"], row["advantage"]
+            if not isinstance(step, int) or not isinstance(advantage, (int, float, type(None))):
+                raise TypeError("step and advantage are numbers")
+            return step, advantage, row.get("old_logprobs"), t
         of_round = re.fullmatch(r"round-(\d+)", path.stem)
         return int(of_round[1]) if of_round else None, None, None, Trajectory.from_json(row)
     except (ValueError, KeyError, TypeError) as error:

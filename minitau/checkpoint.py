@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from minitau import host, memory, parallel, pretrained
+from minitau.log import written_whole
 from minitau.model import Qwen3
 from minitau.pretrained import CheckpointError
 
@@ -184,7 +185,8 @@ def uninterrupted() -> Iterator[None]:
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit())
+    whole = (path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit())
+    return sorted(whole, key=lambda path: int(path.name[5:]))
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -212,10 +214,8 @@ def load(run_dir: Path, model: Qwen3, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def write_json(path: Path, row: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    with open(scratch, "w", encoding="utf-8") as file:
+    """Write JSON whole or not at all, and have it on the disk."""
+    with written_whole(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
         json.dump(row, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    scratch.replace(path)

@@ -23,7 +23,8 @@ FREE_ON_RESUME = {
     "tensorboard",
     "concurrency",
     "user_api_base",
-    "task_file",  # its content is recorded, and may not change
+    "model",  # of this and the next, what they hold is recorded, and may not change
+    "task_file",
     "floors",
     "engine_command",
     "engine_url",
@@ -36,6 +37,8 @@ FREE_ON_RESUME = {
     "recompute",
     "compile",
 }
+
+SHOWN = 5  # settings that differ are named, of what may be dozens
 
 
 def claim_run_dir(out: str, resume: bool, settings: dict[str, Any]) -> Path:
@@ -50,10 +53,8 @@ def claim_run_dir(out: str, resume: bool, settings: dict[str, Any]) -> Path:
     if path.is_file():
         before = read_settings(path)
         now = json.loads(json.dumps(settings))
-        changed = sorted(k for k in before | now if k not in FREE_ON_RESUME and before.get(k) != now.get(k))
-        if changed:
-            what = ", ".join(f"{k} ({before.get(k)!r}, now {now.get(k)!r})" for k in changed)
-            raise BadInput(f"{out} holds another run: {what}; choose another --out or repeat its settings")
+        if different := difference(before, now):
+            raise BadInput(f"{out} holds {different}")
         if not resume:
             raise BadInput(f"{out} holds this run already; add --resume to go on, or choose another --out")
     elif folder.exists() and {entry.name for entry in folder.iterdir()} - {".lock", "config.tmp"}:
@@ -66,6 +67,29 @@ def claim_run_dir(out: str, resume: bool, settings: dict[str, Any]) -> Path:
         scratch.write_text(json.dumps(settings, indent=1))
         scratch.replace(path)
     return folder
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What run it is that has these settings, and what to do, if it is another one; else ""."""
+    kind, ours = (of.get("stage") or of.get("script") for of in (before, now))
+    if kind != ours:
+        return f"a run of {kind}; choose another --out"
+    changed = sorted(k for k in before | now if k not in FREE_ON_RESUME and before.get(k) != now.get(k))
+    if not changed:
+        return ""
+    told = [
+        f"what --{name.removesuffix('_sha256').replace('_', '-')} holds"
+        if name.endswith("_sha256")
+        else f"{name} ({shortened(before.get(name))}, now {shortened(now.get(name))})"
+        for name in changed
+    ]
+    more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+    return f"another run: {', '.join(told[:SHOWN])}{more}; choose another --out or repeat its settings"
+
+
+def shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @contextmanager

@@ -152,6 +152,8 @@ def out_of_range(name: str, value: Any) -> str:
         return "it must be above 0; a large one never scales gradients down"
     if name in NOT_EMPTY and not value:
         return "it must not be empty"
+    if name in AT_MOST and value > AT_MOST[name]:
+        return f"it must be at most {AT_MOST[name]}"
     return ""
 
 
@@ -172,6 +174,8 @@ SHARES = ("max_refused", "warmup", "min_partial")
 ABOVE_ZERO = ("max_grad_norm",)
 
 NOT_EMPTY = ("user_model",)
+
+AT_MOST = {"concurrency": 10_000, "max_rounds": 1000}  # what would take all memory, or for ever, is a slip of the hand
 
 
 def check(cfg: Any, required: tuple[str, ...] = ()) -> None:
@@ -255,6 +259,8 @@ def check_dry_run(told: config.DryRun) -> None:
     for name in ("gpus", "opening_tokens", "turns", "said_tokens", "heard_tokens"):
         if getattr(told, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(told, name)}; it must be at least 1")
+    if told.gpus > 1024:
+        raise BadInput(f"--gpus is {told.gpus}; it is those of one node")
     for name in ("user_mem", "flat_groups"):
         if not 0 <= getattr(told, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(told, name)}; it must be at least 0 and under 1")

@@ -114,7 +114,8 @@ class Opening:
     messages: tuple[Message, ...]  # the greeting, if the domain has one, and the customer's first words
     user_seconds: float = field(default=0.0, compare=False)  # how long the customer took to say them
     stop: Stop | None = None  # if it is over before the agent's first turn
-    answers_any_call: bool = False  # also one of a tool that there is not, which else is a malformed reply
+    # Whether the environment answers also a call of a tool that there is not, which else is a malformed reply.
+    answers_any_call: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,13 @@ class Trajectory:
     def from_json(cls, row: dict[str, Any]) -> Trajectory:
         """The inverse of to_json. Raises KeyError, TypeError or ValueError on anything else."""
         evaluation = row["evaluation"]
+        if len({len(row[name]) for name in ("ids", "said", "logprobs")}) != 1:
+            raise ValueError("ids, said and logprobs are not of one length")
+        if not all(isinstance(name, str) for name in row["task"].values()):
+            raise TypeError("a task's domain, split and id are texts")
         if evaluation is not None:
+            if not isinstance(evaluation["reward"], (int, float)):
+                raise TypeError("a reward is a number")
             checks = tuple(Check(**check) for check in evaluation["checks"])
             evaluation = Evaluation(evaluation["reward"], checks, evaluation["note"])
         return cls(

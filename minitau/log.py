@@ -5,8 +5,10 @@ Also the clock that says where a step's seconds went. It knows numbers and names
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -20,6 +22,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from minitau.episode import BadInput, EpisodeError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or this user's part of it
 
 
 class Clock:
@@ -68,7 +72,10 @@ def run_script(name: str, body: Callable[[list[str]], None], argv: list[str], *,
         status, line = 2, str(error)
     except (FileExistsError, NotADirectoryError) as error:
         status, line = 2, f"{error.filename or error}: a file is where a folder is needed; choose another place"
-    except (OSError, EpisodeError) as error:
+    except OSError as error:
+        full = "; free some space" + (f", then {resume}" if resume else "") if error.errno in FULL else ""
+        status, line = 1, f"{error}{full}"
+    except EpisodeError as error:
         status, line = 1, str(error)
     except KeyboardInterrupt:
         status, line = 130, f"interrupted; {resume}" if resume else "interrupted"
@@ -98,18 +105,22 @@ class MetricsLog:
         if not enabled:
             return
         kept = [row for row in metrics_of(self.path) if row["step"] <= last_step]
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        scratch.replace(self.path)
+        write_jsonl(self.path, kept)
         try:
             if wandb:
                 import wandb as module
 
-                self.wandb = module.init(project="minitau", name=run_dir.name, dir=str(run_dir))
+                # A resumed run goes on as the same one, which is known by its folder.
+                name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+                settings = json.loads((run_dir / "config.json").read_text())
+                self.wandb = module.init(
+                    project="minitau", name=run_dir.name, dir=str(run_dir), id=name, resume="allow", config=settings
+                )
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+                # Steps after `last_step` come again: what is there of them is not shown.
+                self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)
         except ImportError as error:
             raise BadInput(
                 f"--{'tensorboard' if self.wandb or not wandb else 'wandb'}: {error}; pip install it"
@@ -127,7 +138,7 @@ class MetricsLog:
         if not self.enabled:
             return
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
         self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in headline}, refresh=False)
         self.bar.update()
         flat = dict(flatten(metrics))
@@ -136,6 +147,15 @@ class MetricsLog:
         if self.tensorboard:
             for name, value in flat.items():
                 self.tensorboard.add_scalar(name, value, metrics["step"])
+
+
+def finite(value: Any) -> Any:
+    """`value`, a number or dicts and lists of such, with None for what is not finite: JSON cannot say it."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def metrics_of(path: Path) -> list[dict[str, Any]]:
@@ -179,13 +199,23 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where the block writes what `path` is to be: a reader sees the old file or the new one, never half of one, and
+    nothing is left of one that failed."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write JSONL whole or not at all."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    with open(scratch, "w", encoding="utf-8") as file:
+    with written_whole(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    scratch.replace(path)
 
 
 def flatten(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minitau.log import written_whole
+
 DOMAIN_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee")
 
 
@@ -33,7 +35,8 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], curves: dict[str, list[dict
     draw_reward(reward, curves.get("grpo", []))
     for axes in (scores, loss, reward):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as scratch:
+        figure.savefig(scratch, dpi=120, format="png")
     pyplot.close(figure)
 
 

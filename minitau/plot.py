@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from minitau import catalogue, cli, report
+from minitau.claim import FREE_ON_RESUME
 from minitau.config import setting
 from minitau.episode import BadInput
-from minitau.log import metrics_of, run_script
+from minitau.log import metrics_of, run_script, written_whole
 
 # Critical values of Student's t, two-sided 95%, from 1 degree of freedom on; the last one stands for all after it.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -34,7 +35,8 @@ PANELS = (
     ("entropy, nats per token", "entropy", "", {"ylim": (0, None)}),
     ("tokens of an episode (dashed: longest)", "length_mean", "length_max", {"ylim": (0, None)}),
 )
-PLACES = ("out", "resume", "save_every", "keep", "wandb", "tensorboard", "concurrency", "user_api_base")
+# Settings that do not change what is computed: those that a resumed run may change, but for how long it is.
+MEANS = FREE_ON_RESUME - {"model", "steps", "episodes"}
 Point = tuple[int, float, float]  # step, mean, half of the interval's width
 
 
@@ -97,10 +99,11 @@ def common_name(folders: Sequence[Path]) -> str:
 
 
 def identity(folder: Path) -> dict[str, Any]:
-    """What makes a run what it is, beside its seed. A model that has `seed-N` of this seed in its path has none."""
+    """What makes a run what it is, beside its seed and what follows from that: `seed-N` of this seed in a path is none,
+    and files are known by their paths, not by what they hold."""
     settings = catalogue.settings_of(folder)
     seed = settings.get("seed")
-    kept = {name: value for name, value in settings.items() if name not in (*PLACES, "seed")}
+    kept = {name: of for name, of in settings.items() if name not in {*MEANS, "seed"} and not name.endswith("sha256")}
     return {
         name: value.replace(f"seed-{seed}", "seed-*") if isinstance(value, str) else value
         for name, value in kept.items()
@@ -131,8 +134,8 @@ def half_width(values: Sequence[float]) -> float:
 
 def shares(group: Group) -> dict[str, float]:
     """Each phase's part of all the seconds that the group's runs took, without those too small to see."""
-    seconds = [line["seconds"] for lines in group.runs for line in lines if "seconds" in line]
-    total = sum(each["total"] for each in seconds)
+    seconds = [line["seconds"] for lines in group.runs for line in lines if isinstance(line.get("seconds"), dict)]
+    total = sum(each.get("total", 0.0) for each in seconds)
     parts = {name: sum(each.get(name, 0.0) for each in seconds) / total for name in PHASES} if total else {}
     return {name: share for name, share in parts.items() if share >= 0.005}
 
@@ -161,7 +164,8 @@ def draw(path: Path, groups: Sequence[Group]) -> None:
     if len(groups) > 1 or len(groups[0].runs) > 1:
         handles, labels = places[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=min(2, len(groups)), frameon=False)
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as scratch:
+        figure.savefig(scratch, dpi=120, format="png")
     pyplot.close(figure)
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitau.episode import BadInput
+from minitau.log import file_sha256
 from minitau.model import ModelConfig, Qwen3
 
 SHARD_BYTES = 4 << 30
@@ -98,6 +99,8 @@ def load_model(model_dir: str | Path) -> Qwen3:
         if tensor.shape != wanted[name].shape:
             shapes = f"{tuple(tensor.shape)}, config.json says {tuple(wanted[name].shape)}"
             raise CheckpointError(f"{model_dir}: {name} has shape {shapes}")
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise CheckpointError(f"{model_dir}: {name} is {tensor.dtype}; quantised weights are not supported")
         if not tensor.sum(dtype=torch.float32).isfinite():  # one pass: a sum is cheaper than to ask each element
             raise CheckpointError(f"{model_dir}: {name} holds NaN or infinite numbers; take an earlier checkpoint")
         with torch.no_grad():
@@ -113,7 +116,7 @@ def read_safetensors(model_dir: Path) -> Iterable[tuple[str, Tensor]]:
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = sorted(map(str, set(json.loads(index.read_text())["weight_map"].values())))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: damaged ({type(error).__name__}: {error})") from None
     else:
@@ -127,6 +130,11 @@ def read_safetensors(model_dir: Path) -> Iterable[tuple[str, Tensor]]:
                     yield name, tensors.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{model_dir / file}: damaged ({error})") from None
+
+
+def weights_sha256(model_dir: str | Path) -> dict[str, str]:
+    """What a directory's files of weights hold, by name."""
+    return {path.name: file_sha256(path) for path in sorted(Path(model_dir).glob("*.safetensors"))}
 
 
 def save_model(

@@ -29,11 +29,8 @@ def read_episodes(folder: Path) -> dict[tuple[str, int], Trajectory]:
     One that broke on our side is played again by a resumed evaluation; then its second line counts.
     Raises BadInput if a line is no episode.
     """
-    lines = [line for path in sorted(folder.glob("episodes-*.jsonl")) for line in whole_lines(path)]
-    try:
-        episodes = [Trajectory.from_json(json.loads(line)) for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{folder}: an episode on disk cannot be read ({error}); choose another --out") from None
+    advice = "remove the line, and --resume plays it again"
+    episodes = [t for path in sorted(folder.glob("episodes-*.jsonl")) for t in episodes_of(path, advice)]
     broken_first = sorted(episodes, key=lambda t: not t.stop.ours)
     return {(t.task.key, t.sample): t for t in broken_first}
 
@@ -52,6 +49,18 @@ def tallies(played: Sequence[Trajectory]) -> dict[str, tuple[int, int]]:
         if not t.stop.ours:
             n, c = found.get(t.task.key, (0, 0))
             found[t.task.key] = (n + 1, c + t.success)
+    return found
+
+
+def episodes_of(path: Path, advice: str) -> list[Trajectory]:
+    """Those of one file. Raises BadInput, with the number of the line and `advice`, if one is none."""
+    found = []
+    for number, line in enumerate(whole_lines(path), 1):
+        try:
+            found.append(Trajectory.from_json(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise BadInput(f"{path}, line {number}: no episode ({why}); {advice}") from None
     return found
 
 
@@ -79,11 +88,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def every_k(rows: Sequence[dict[str, Any]]) -> str:
-    """pass@k and pass^k of one agent for each k, a domain two lines."""
+    """pass@k and pass^k of one agent for each k, a domain two lines; and over how many tasks, where not over all that
+    have a verdict: such a column cannot be held against others."""
     ks = range(1, rows[0]["trials"] + 1)
+
+    def cell(row: dict[str, Any], sign: str, k: int) -> str:
+        count = row["tasks_by_k"][str(k)]
+        return score(row, f"pass{sign}{k}") + (f" of {count}" if 0 < count < row["tasks"] else "")
+
     lines = [[rows[0]["stage"], "", *(f"k={k}" for k in ks)]]
-    lines += [[r["domain"], f"pass{sign}k", *(score(r, f"pass{sign}{k}") for k in ks)] for r in rows for sign in "@^"]
-    return aligned(lines)
+    lines += [[r["domain"], f"pass{sign}k", *(cell(r, sign, k) for k in ks)] for r in rows for sign in "@^"]
+    fewer = any(0 < r["tasks_by_k"][str(k)] < r["tasks"] for r in rows for k in ks)
+    note = "\nof N: over the N tasks with k trials that did not break on our side; other columns are of other tasks."
+    return aligned(lines) + (note if fewer else "")
 
 
 def caption(rows: Sequence[dict[str, Any]], n: int) -> str:

@@ -46,7 +46,7 @@ def open_run(stage: str, cfg: config.Training, **also: str) -> Run:
     model = pretrained.load_model(cfg.model)
     folder = Path(cfg.out)
     chat.check_vocabulary(model.cfg.vocab_size)
-    claim_run_dir(cfg.out, cfg.resume, {"stage": stage, **dataclasses.asdict(cfg), **also})
+    claim_run_dir(cfg.out, cfg.resume, {"stage": stage, **dataclasses.asdict(cfg), **also}, cfg.model)
     spread(model, cfg)
     optimizer = adamw(model, cfg)
     state = checkpoint.load(folder, model, optimizer) if cfg.resume else None
@@ -77,12 +77,13 @@ def open_chat(model_dir: str, dialect: str) -> Chat:
     return load_chat(model_dir, dialect)
 
 
-def claim_run_dir(out: str, resume: bool, settings: dict) -> None:
-    """claim.claim_run_dir by the first rank; all ranks raise what it raises."""
+def claim_run_dir(out: str, resume: bool, settings: dict, model_dir: str = "") -> None:
+    """claim.claim_run_dir by the first rank, with what the model's weights are; all ranks raise what it raises."""
     problem = ""
     if parallel.is_main():
+        weights = {"model_sha256": pretrained.weights_sha256(model_dir)} if model_dir else {}
         try:
-            claim.claim_run_dir(out, resume, settings)
+            claim.claim_run_dir(out, resume, {**settings, **weights})
         except BadInput as error:
             problem = str(error)
     if problem := parallel.from_main(problem):

@@ -10,7 +10,8 @@ What tau2 computes from them and what eval.py prints is the same, with these bou
   episodes, pass@1 over tasks: they differ where tasks differ in trials.
 * The conversation is what the agent saw. In telecom the customer's calls of its own tools, and what they
   answered, are not in it, so telecom's conversations cannot be graded again from these files; those of the other
-  domains can, unless the calculator was asked for a power that would take it hours. The verdict in `reward_info` was given by tau2's grader when the episode ended.
+  domains can, unless the calculator was asked for a power that would take it hours. The verdict in `reward_info` was
+  given by tau2's grader when the episode ended.
 * Replies that could not be parsed, and our answers to them, stand as system messages: neither the customer nor
   tau2's environment ever got them.
 * Costs and times of messages are not known, and absent.
@@ -29,6 +30,7 @@ from minitau.envs.tau2.domain import open_domain, read_policies
 from minitau.envs.tau2.install import COMMIT
 from minitau.envs.tau2.world import MAX_ERRORS
 from minitau.episode import Message, Stop, Trajectory
+from minitau.log import written_whole
 
 # tau2 knows fewer reasons to end. It scores the first two, and gives 0 to any other.
 REASONS = {
@@ -48,9 +50,8 @@ def write(folder: Path, played: Sequence[Trajectory], cfg: config.Evaluation) ->
     for domain in sorted({t.task.domain for t in played if not t.stop.ours}):
         of_domain = sorted((t for t in played if t.task.domain == domain), key=lambda t: (t.task.id, t.sample))
         path = folder / f"{domain}.json"
-        scratch = folder / f".{domain}.tmp"  # tau2's viewer lists *.json
-        scratch.write_text(results(domain, of_domain, cfg).model_dump_json(indent=1), encoding="utf-8")
-        scratch.replace(path)
+        with written_whole(path) as scratch:
+            scratch.write_text(results(domain, of_domain, cfg).model_dump_json(indent=1), encoding="utf-8")
         paths.append(path)
     return paths
 

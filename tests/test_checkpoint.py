@@ -187,8 +187,9 @@ def test_only_the_newest_are_kept(tmp_path):
         assert checkpoint.latest(tmp_path).name == f"step-{step:06d}"
     assert [path.name for path in checkpoint.all_checkpoints(tmp_path)] == ["step-009999", "step-010000"]
     assert everything_under(tmp_path / "checkpoints")[0] == "step-009999"  # and nothing else, hidden or not
-    save(tmp_path, 10_001, net, optimizer, keep=1)
-    assert [path.name for path in checkpoint.all_checkpoints(tmp_path)] == ["step-010001"]
+    for step in (999_999, 1_000_000):
+        save(tmp_path, step, net, optimizer, keep=1)
+    assert [path.name for path in checkpoint.all_checkpoints(tmp_path)] == ["step-1000000"], "by number, not by name"
 
 
 def test_what_a_person_put_there_is_neither_resumed_nor_pruned(tmp_path):
@@ -280,7 +281,7 @@ def test_write_json_never_leaves_half_a_file(tmp_path):
     checkpoint.write_json(path, {"step": 1})
     with pytest.raises(TypeError):
         checkpoint.write_json(path, {"step": 2, "bad": object()})
-    assert json.loads(path.read_text()) == {"step": 1}
+    assert json.loads(path.read_text()) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
 # -- beside what goes on ---------------------------------------------------------------------------------------
@@ -535,6 +536,7 @@ REFUSED_WEIGHTS = {
     "a pointer of git lfs": (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), ["damaged"]),
     "a tensor is missing": (change_tensors(lambda t: t.pop(NORM)), ["missing", NORM]),
     "a wrong shape": (change_tensors(lambda t: t.update({NORM: torch.ones(5)})), [NORM, "(5,)", "(16,)"]),
+    "whole numbers": (change_tensors(lambda t: t.update({NORM: torch.ones(16, dtype=torch.int8)})), [NORM, "int8"]),
     "not a number": (change_tensors(lambda t: t[NORM].fill_(float("nan"))), [NORM, "NaN"]),
     "too large for any memory": (change_config(hidden_size=10**9), ["no memory for"]),
     "a stranger": (change_tensors(lambda t: t.update({"model.layers.9.x": torch.ones(5)})), ["model.layers.9.x"]),
@@ -542,6 +544,7 @@ REFUSED_WEIGHTS = {
     "more blocks": (change_config(num_hidden_layers=3), ["missing", "model.layers.2"]),
     "an index that is not JSON": (index(b"{"), ["model.safetensors.index.json"]),
     "an index without a map": (index(b"{}"), ["model.safetensors.index.json"]),
+    "an index of no files": (index(b'{"weight_map": {"x": 5}}'), ["5 is missing"]),
 }
 
 

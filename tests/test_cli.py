@@ -4,6 +4,7 @@ The scripts' main functions run in this process (importing torch anew for each c
 minutes); one case goes through a real shell command.
 """
 
+import errno
 import functools
 import json
 import math
@@ -24,7 +25,7 @@ import warm
 import eval as evaluation
 import serve_user
 import train
-from minitau import ablate, cli, config, demo, plot, sft, study, tasks, tiny, view
+from minitau import ablate, claim, cli, config, demo, plot, sft, study, tasks, tiny, view
 from minitau.base import pretrain
 from minitau.episode import BadInput
 from minitau.log import run_script
@@ -134,6 +135,8 @@ def test_settings_that_cannot_work(capsys, tmp_path, tiny_dir):
     assert "--temperature" in refused(capsys, train.main, *base, "--temperature", 0)
     assert "--steps" in refused(capsys, train.main, *base, "--steps", 0)
     assert "--micro-batch-tokens" in refused(capsys, train.main, *base, "--micro-batch-tokens", 100)
+    assert "at most 10000" in refused(capsys, train.main, *base, "--concurrency", 10**8)
+    assert "--gpus" in refused(capsys, train.main, *base, "--preset", "tau2-4b", "--dry-run", "--gpus", 10**9)
     assert "--updates-per-step" in refused(capsys, train.main, *base, "--updates-per-step", 17)
     assert not (tmp_path / "run").exists()
     short = ("--max-tokens", 10, "--tasks", 3, "--tasks-per-step", 3, "--no-screen", "--steps", 1)
@@ -149,13 +152,72 @@ def test_an_output_folder_that_holds_another_run(capsys, tmp_path, tiny_dir, dat
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert "--resume" in refused(capsys, train.main, *flags)
     assert "lr (1e-05, now 0.5)" in refused(capsys, train.main, *flags, "--resume", "--lr", 0.5)
-    assert "another run" in refused(capsys, evaluation.main, "--agent", "gold", "--out", out, "--resume")
+    line = refused(capsys, evaluation.main, "--agent", "gold", "--out", out, "--resume")
+    assert f"{out} holds a run of sft; choose another --out" in line
+    many = {f"s{i}": i for i in range(40)}
+    told = claim.difference({"stage": "sft", **many}, {"stage": "sft", "s0": "x" * 999})
+    assert "s0 (0, now 'xxx" in told and " and 35 more; " in told and len(told) < 400
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}, "nothing may be lost"
     stranger = tmp_path / "photos"
     stranger.mkdir()
     (stranger / "cat.jpg").write_text("meow")
     assert "not empty" in refused(capsys, train.main, *flags[:7], stranger)
     assert "is a file" in refused(capsys, train.main, *flags[:7], stranger / "cat.jpg")
+
+
+def test_other_weights_under_the_same_name_are_another_run(capsys, tmp_path, tiny_dir, data):
+    """Also where the folder of the model has moved, and they are the same, a run goes on."""
+    model, out = shutil.copytree(tiny_dir, tmp_path / "model"), tmp_path / "run"
+    flags = ("--stage", "sft", "--data", data, "--out", out, "--epochs", 1)
+    assert run_script("train", train.main, [str(flag) for flag in (*flags, "--model", model)]) == 0
+    moved = model.rename(tmp_path / "moved")
+    assert run_script("train", train.main, [str(flag) for flag in (*flags, "--model", moved, "--resume")]) == 0
+    other = tiny.Tiny(out=str(tmp_path / "other"), vocab=700, layers=2, hidden=64, corpus_tasks=20, seed=1)
+    tiny.make(other, tiny.world_texts(other))
+    shutil.copy(tmp_path / "other" / "model.safetensors", moved)
+    capsys.readouterr()
+    line = refused(capsys, train.main, *flags, "--model", moved, "--resume")
+    assert f"{out} holds another run: what --model holds; choose another --out" in line
+
+
+def test_what_a_run_wrote_is_damaged(capsys, tmp_path, tiny_dir):
+    out = tmp_path / "run"
+    flags = ("--stage", "rft", "--model", tiny_dir, "--out", out, "--tasks", 1, "--round-tasks", 2, "--samples", 2)
+    flags += ("--max-turns", 1, "--max-new-tokens", 4)
+    assert run_script("train", train.main, [str(flag) for flag in flags]) == 0
+    capsys.readouterr()
+
+    def resumed() -> str:
+        assert run_script("train", train.main, [str(flag) for flag in (*flags, "--resume")]) == 2
+        return capsys.readouterr().err.splitlines()[-1]  # before it there is a bar
+
+    path = out / "collected" / "round-0001.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-300])  # a last line that is not whole is none
+    count = whole.count(b"\n")
+    said = f"{path}: these are not the {count} episodes of its round; remove {path.name}, and --resume plays that round"
+    assert said in resumed()
+    path.write_bytes(whole.replace(b'"ids"', b'"odd"', 1))
+    assert f"{path}, line 1: no episode (KeyError: 'ids'); remove {path.name}" in resumed()
+    path.write_bytes(whole)
+    screened = out / "screened.json"
+    screened.write_text("[")
+    assert f"{screened}: damaged" in resumed()
+
+
+def test_a_full_disk_is_said_with_what_to_do(capsys):
+    def body(argv):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there/file")
+
+    assert run_script("train", body, [], resume="the same command with --resume goes on") == 1
+    line = capsys.readouterr().err
+    assert "'there/file'; free some space, then the same command with --resume goes on" in line
+
+
+def test_a_command_with_a_quote_too_many(capsys, tmp_path, tiny_dir):
+    flags = ("--stage", "grpo", "--model", tiny_dir, "--out", tmp_path / "run", "--engine", "sglang", "--no-screen")
+    line = refused(capsys, train.main, *flags, "--dtype", "bfloat16", "--engine-command", "sglang '")
+    assert '--engine-command "sglang \'": no closing quotation' in line
 
 
 def test_a_run_that_lost_its_checkpoints_does_not_start_over(capsys, tmp_path, tiny_dir, data):

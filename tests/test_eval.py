@@ -138,6 +138,25 @@ def test_a_file_with_nothing_whole_in_it_is_begun_anew(tmp_path, plays, left):
     assert len(plays) == 2 and len(episodes(tmp_path)) == 1
 
 
+def test_a_damaged_line_costs_one_episode(tmp_path, capsys):
+    run(tmp_path, "--agent", "gold", "--tasks", 1, "--num-trials", 1)
+    path = tmp_path / "episodes-0.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[1][:40] + "\n" + lines[2])
+    capsys.readouterr()
+    assert run(tmp_path, "--agent", "gold", "--tasks", 1, "--num-trials", 1, "--resume")[0] == 2
+    assert f"{path}, line 2: no episode" in (line := capsys.readouterr().err) and "remove the line" in line
+    path.write_text(lines[0] + lines[2])
+    assert run(tmp_path, "--agent", "gold", "--tasks", 1, "--num-trials", 1, "--resume")[0] == 0
+    assert len(episodes(tmp_path)) == 3
+
+
+def test_no_room_for_a_reply_is_no_score(tmp_path, tiny_dir, capsys):
+    flags = ("--model", tiny_dir, "--tasks", 1, "--num-trials", 1, "--max-tokens", 5, "--no-floors")
+    status, rows = run(tmp_path, *flags)
+    assert status == 1 and rows is None and "raise --max-tokens" in capsys.readouterr().err
+
+
 def test_a_policy_resumes_too(tmp_path, tiny_dir, monkeypatch):
     flags = ("--model", tiny_dir, "--domains", "desk", "--tasks", 2, "--max-turns", 1, "--max-new-tokens", 4)
     run(tmp_path, *flags)

@@ -216,6 +216,15 @@ def test_a_table_fits_in_120_columns():
     assert not any(line.split()[-1].endswith(tuple(stops)) for line in lines[1:]), "a name and its share stay together"
 
 
+def test_scores_over_fewer_tasks_are_marked():
+    names = [f"pass{sign}{k}" for sign in "@^" for k in range(1, 5)]
+    row = {**ROW, **dict.fromkeys(names, 0.5), "intervals": {name: [0.2, 0.8] for name in names}, "trials": 4}
+    assert " of " not in report.every_k([row])
+    head, at, hat, note = report.every_k([{**row, "tasks_by_k": {"1": 3, "2": 3, "3": 2, "4": 0}}]).splitlines()
+    assert at.count("50.0 [20,80] of 2") == hat.count(" of 2") == 1 and note.startswith("of N: ")
+    assert at.index(" of 2") < head.index("k=4")
+
+
 def test_tasks_that_do_not_count_are_said():
     few = {**ROW, "tasks": 38, "tasks_played": 40, "tasks_by_k": {"1": 38, "2": 38, "3": 37, "4": 36}}
     assert report.task_counts(few, 4) == "38 of 40, k=4: 36"

@@ -256,7 +256,7 @@ def test_rft_plays_the_tasks_of_its_file(tmp_path, tiny_dir, capsys):
     write(moved, *rows[:1])
     capsys.readouterr()
     assert run(train.main, *flags, "--task-file", moved) == 2
-    assert "holds another run: task_file_sha256" in capsys.readouterr().err
+    assert "holds another run: what --task-file holds" in capsys.readouterr().err
     assert checkpoint.latest(out)
 
 

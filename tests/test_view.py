@@ -283,6 +283,12 @@ def test_bad_input_is_one_line(write, tmp_path, capsys):
     path = folder / "trajectories" / "step-000002.jsonl"
     path.write_text('{"step": 1}\n')
     assert f"{path}, line 1: no episode" in refused(capsys, folder)
+    for change in ({"step": "x"}, {"advantage": "x"}):
+        path.write_text(json.dumps({**row(1), **change}) + "\n")
+        assert f"{path}, line 1: no episode" in refused(capsys, folder)
+    for change in ({"ids": None}, {"ids": [1]}, {"task": {"domain": "desk", "split": "train", "id": 5}}):
+        path.write_text(json.dumps({**row(1), "trajectory": {**row(1)["trajectory"], **change}}) + "\n")
+        assert f"{path}, line 1: no episode" in refused(capsys, folder)
     assert "leave one out" in refused(capsys, folder, "--show", "1", "--html", tmp_path / "x.html")
     for name in (tmp_path, tmp_path / "nowhere" / "x.html"):
         assert "name a file, in a folder that is there" in refused(capsys, folder, "--html", name)

@@ -19,7 +19,7 @@ from typing import Any
 
 from minitau import catalogue
 from minitau.catalogue import COLUMNS, TEXTS, Entry, Record, Token, Words
-from minitau.log import progress_bar
+from minitau.log import progress_bar, written_whole
 
 HERE = Path(__file__).parent
 HEAD, FOOT = (HERE / "page.html").read_text(encoding="utf-8").split("<!-- conversations -->\n")
@@ -40,8 +40,7 @@ def write(path: Path, title: str, entries: Sequence[Entry], words: Words, settin
     head = HEAD
     for name, value in parts.items():
         head = head.replace(f"{{{{ {name} }}}}", value)
-    scratch = path.with_name(f".{path.name}.tmp")
-    with open(scratch, "w", encoding="utf-8") as file:
+    with written_whole(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
         file.write(head)
         bar = progress_bar("packing", len(entries), "episode")
         for entry in entries:
@@ -50,7 +49,6 @@ def write(path: Path, title: str, entries: Sequence[Entry], words: Words, settin
             bar.update()
         bar.close()
         file.write(FOOT)
-    scratch.replace(path)
     return path.stat().st_size
 
 
