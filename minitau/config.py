@@ -22,12 +22,27 @@ SCRIPTED = "script"  # the user_model that is none, as envs/tau2/world.py has it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Episodes:
-    """Where episodes happen and how the agent samples: shared by RFT, GRPO and evaluation."""
+class Domains:
+    """Which world, and what of it."""
 
     env: str = setting("courier", "the world of tasks", ("courier", "tau2"))
     domains: tuple[str, ...] = setting(("desk", "claims", "locker"), "comma-separated domains of that world")
+    policy: tuple[str, ...] = setting(
+        (), "tau2: a file whose text replaces the domain's policy; with several domains DOMAIN=FILE,DOMAIN=FILE"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks(Domains):
+    """Which of its tasks."""
+
     task_file: str = setting("", "which tasks, as `python -m minitau.tasks` writes them; instead of domains and split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episodes(Tasks):
+    """How episodes are played and how the agent samples: shared by RFT, GRPO and evaluation."""
+
     dialect: str = setting("native", "how the agent speaks and calls tools", ("native", "single-call"))
     engine: str = setting(
         "local", "what samples from the policy: SGLang's servers, or this process", ("local", "sglang")
@@ -84,9 +99,6 @@ class Episodes:
     )
     max_drift: float = setting(
         0.1, "sglang: end when, after a sync, engine and trainer differ by more nats a sampled token"
-    )
-    policy: tuple[str, ...] = setting(
-        (), "tau2: a file whose text replaces the domain's policy; with several domains DOMAIN=FILE,DOMAIN=FILE"
     )
 
 
@@ -255,14 +267,14 @@ class Evaluation(Episodes):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demonstrations(Episodes):
+class Demonstrations(Tasks):
     """Conversations of a world's scripted agent on training tasks, for SFT."""
 
     agent: str = setting(
         "gold", "who plays; courier's `flawed` makes the mistakes that RFT filters", ("gold", "flawed")
     )
     split: str = setting("train", "which tasks; those of the test split are left out, and counted")
-    tasks: int = setting(0, "training tasks looked at, domains in turn, before any is screened out; 0 is all")
+    tasks: int = setting(0, "training tasks played, domains in turn; 0 is all")
     seed: int = setting(0, "of the customers' and the agent's whims")
     out: str = setting("", "JSONL file to write")
     keep_all: bool = setting(

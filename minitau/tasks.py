@@ -33,7 +33,7 @@ Chosen = dict[Task, tuple[str, ...] | None]
 # -- what the scripts call -----------------------------------------------------------------------------
 
 
-def for_training(cfg: config.Episodes, world: World, say: Callable[[str], None] = print) -> Chosen:
+def for_training(cfg: config.Tasks, world: World, say: Callable[[str], None] = print) -> Chosen:
     """The tasks of --task-file, or the first --tasks of --split, domains in turn; none of the test split.
 
     A split that also has test tasks is used without them, which `say` is told; a file that has any is
@@ -61,7 +61,7 @@ def for_evaluation(cfg: config.Evaluation, world: World) -> list[Task]:
     return [task for domain in cfg.domains for task in world.tasks(domain, cfg.split)[: cfg.tasks or None]]
 
 
-def fingerprint(cfg: config.Episodes) -> dict[str, Any]:
+def fingerprint(cfg: config.Tasks) -> dict[str, Any]:
     """What a run records of its files beside their names: they may change, its tasks and policies may not."""
     found: dict[str, Any] = {"task_file_sha256": file_sha256(cfg.task_file)} if cfg.task_file else {}
     if cfg.policy:

@@ -50,7 +50,7 @@ CHAT_TEMPLATE = """\
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiny(config.Episodes):
+class Tiny(config.Domains):
     """A tiny random Qwen3 and its tokenizer."""
 
     out: str = setting("", "directory to write")
@@ -58,6 +58,7 @@ class Tiny(config.Episodes):
     layers: int = setting(4, "blocks")
     hidden: int = setting(128, "hidden size")
     heads: int = setting(4, "query heads of 32; half as many key heads")
+    max_tokens: int = setting(2048, "of a conversation that config.json has room for; 4096 at least")
     seed: int = setting(0, "of the random weights")
     corpus_tasks: int = setting(0, "training tasks a domain whose conversations the tokenizer reads; 0 is all")
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from minitau import parallel
+from minitau.config import Domains, Episodes
 from minitau.episode import World
 
 
-def open_world(cfg: Any) -> World:
+def open_world(cfg: Domains) -> World:
     """The world that `cfg.env` names. tau2 is imported only when asked for."""
     if cfg.env == "courier":
         from minitau.envs.courier import Courier
@@ -16,14 +15,16 @@ def open_world(cfg: Any) -> World:
         return Courier()
     from minitau.envs.tau2 import Tau2, read_policies
 
-    scripted = getattr(cfg, "agent", "policy") != "policy"  # then nobody needs what asking a model needs
+    policies = read_policies(cfg.policy, cfg.domains)
+    if not isinstance(cfg, Episodes) or getattr(cfg, "agent", "policy") != "policy":
+        return Tau2(policies=policies)  # nobody needs what asking a model needs
     return Tau2(
-        user_model=None if scripted else cfg.user_model,
+        user_model=cfg.user_model,
         user_api_base=addresses(cfg.user_api_base) or None,
         user_temperature=cfg.user_temperature,
         user_max_tokens=cfg.user_max_tokens,
         max_steps=cfg.max_steps,
-        policies=read_policies(cfg.policy, cfg.domains),
+        policies=policies,
     )
 
 
