@@ -13,11 +13,13 @@ from typing import Any
 from minitau.episode import Task
 
 FLOOR = 0.1  # weight of a task that is always or never solved: it must stay reachable
-MEMORY = 0.8  # old outcomes fade by this much a visit, because the policy that made them is gone
+MEMORY = 0.8  # old outcomes fade to this part at each visit, because the policy that made them is gone
 
 
 class Curriculum:
     """Draws tasks whose success rate is near one half most often, where samples differ most.
+
+    Tasks that were never drawn come first: until each of them was, it changes nothing.
 
     tasks: what may be drawn. enabled=False draws uniformly. seed: together with the step it
     decides every draw, so a resumed run draws what the uninterrupted one would have.

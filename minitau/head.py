@@ -101,8 +101,8 @@ def gradient(
 ) -> Tensor:
     """The gradient of the logits, in their dtype, from that of the log-probabilities and entropies."""
     of_rows = [entropy_N, grad_logprobs_N, grad_entropy_N, temperature]
-    grad_logits = fused(elsewhere, logits_NV.device.type)(logits_NV, lse_N, *of_rows)
-    grad_target = away(logprobs_N, *of_rows) + grad_logprobs_N / temperature
+    grad_logits = fused(nontarget_logits_grad, logits_NV.device.type)(logits_NV, lse_N, *of_rows)
+    grad_target = nontarget_grad(logprobs_N, *of_rows) + grad_logprobs_N / temperature
     return grad_logits.scatter_(-1, targets_N[:, None], grad_target[:, None].to(grad_logits.dtype))
 
 
@@ -115,16 +115,18 @@ def statistics(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tupl
     return logprobs_N, lse_N, -(log_p.exp() * log_p).sum(-1)
 
 
-def away(log_p: Tensor, entropy: Tensor, grad_logprob: Tensor, grad_entropy: Tensor, temperature: float) -> Tensor:
+def nontarget_grad(
+    log_p: Tensor, entropy: Tensor, grad_logprob: Tensor, grad_entropy: Tensor, temperature: float
+) -> Tensor:
     """The gradient of logits that are no targets: all in fp32, of any shapes that fit each other."""
     return -log_p.exp() * (grad_logprob + grad_entropy * (log_p + entropy)) / temperature
 
 
-def elsewhere(logits_NV: Tensor, lse_N: Tensor, *of_rows: Any) -> Tensor:
-    """`away` for (N, V) logits, in their dtype. At the targets themselves it is wrong."""
+def nontarget_logits_grad(logits_NV: Tensor, lse_N: Tensor, *of_rows: Any) -> Tensor:
+    """`nontarget_grad` for (N, V) logits, in their dtype. At the targets themselves it is wrong."""
     *columns, temperature = of_rows
     log_p = logits_NV.float() / temperature - lse_N[:, None]
-    return away(log_p, *(each[:, None] for each in columns), temperature).to(logits_NV.dtype)
+    return nontarget_grad(log_p, *(each[:, None] for each in columns), temperature).to(logits_NV.dtype)
 
 
 def accumulate(sum_VD: Tensor, a_VN: Tensor, b_ND: Tensor) -> None:

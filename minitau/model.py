@@ -214,7 +214,7 @@ class Qwen3(nn.Module):
     def recomputed(self, tokens: int) -> int:
         """How many blocks of a forward of so many tokens are computed again in its backward."""
         blocks = len(self.model.layers)
-        return blocks - int(min(blocks, self.keep // tokens))
+        return blocks - int(min(blocks, self.keep / tokens))
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, attends: Iterable[Attend]) -> Tensor:
         """Last hidden states (T, D), normed, of packed ids at their positions in their sequences."""

@@ -63,7 +63,7 @@ def mfu(again: float) -> float:
 
 def recomputed(shape: ModelConfig, keep: float, tokens: int) -> int:
     """As Qwen3.recomputed."""
-    return shape.num_hidden_layers - int(min(shape.num_hidden_layers, keep // tokens))
+    return shape.num_hidden_layers - int(min(shape.num_hidden_layers, keep / tokens))
 
 
 def update_seconds(
