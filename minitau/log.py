@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,11 +111,16 @@ class MetricsLog:
             if wandb:
                 import wandb as module
 
-                # A resumed run goes on as the same one, which is known by its folder.
-                name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
-                settings = json.loads((run_dir / "config.json").read_text())
+                known = run_dir / "wandb_id"  # by which a resumed run goes on as the same one
+                if not known.is_file():
+                    known.write_text(uuid.uuid4().hex)
                 self.wandb = module.init(
-                    project="minitau", name=run_dir.name, dir=str(run_dir), id=name, resume="allow", config=settings
+                    project="minitau",
+                    name=run_dir.name,
+                    dir=str(run_dir),
+                    id=known.read_text(),
+                    resume="allow",
+                    config=json.loads((run_dir / "config.json").read_text()),
                 )
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter

@@ -72,7 +72,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def groups_of(folders: Sequence[Path], together: bool = False) -> list[Group]:
-    """The runs by what they have in common, in the order given; named by what tells the groups apart."""
+    """The runs by what they have in common, in the order given; named by what tells the groups apart. Raises BadInput
+    where not even the seed does: the same thing twice says nothing of other seeds."""
     found: dict[str, list[Path]] = {}
     settings = {folder: identity(folder) for folder in folders}
     for folder in folders:
@@ -85,6 +86,11 @@ def groups_of(folders: Sequence[Path], together: bool = False) -> list[Group]:
     )
     groups = []
     for members in found.values():
+        of_seed: dict[Any, Path] = {}
+        for folder in () if together else members:
+            if (seed := catalogue.settings_of(folder).get("seed")) in of_seed:
+                raise BadInput(f"{of_seed[seed]} and {folder} have the same settings and seed; leave one out")
+            of_seed[seed] = folder
         first = settings[members[0]]
         said = ", ".join(f"{name} {first.get(name, '-')}" for name in differing) if len(found) > 1 else ""
         name = said if said and len(said) <= 40 else common_name(members)

@@ -41,6 +41,13 @@ def test_seeds_are_one_curve_and_other_settings_another(make):
     assert [str(group) for group in plot.groups_of(folders[:1])] == ["a"]
 
 
+def test_the_same_seed_twice_is_no_second_seed(make):
+    twice = [make("a"), make("b")]
+    with pytest.raises(BadInput, match=r"a and .*b have the same settings and seed; leave one out"):
+        plot.groups_of(twice)
+    assert len(plot.groups_of(twice, together=True)) == 1, "if that is asked for"
+
+
 def test_each_seed_may_start_from_its_own_model_but_not_from_another_one(make):
     own = [make(f"a{i}", seed=i, model=f"study/seed-{i}/rft/model") for i in range(3)]
     assert len(plot.groups_of(own)) == 1
