@@ -171,8 +171,8 @@ def draw_groups(
         jobs = rollout.group_jobs(tasks, cfg.group_size)
         played = rollout.collect(jobs, stage, seed=f"{cfg.seed}:{step}:{number}", label=f"step {step}")
         for task, group in zip(tasks, rollout.groups_of(played, cfg.group_size)):
-            counted = [not t.stop.ours for t in group]
-            curriculum.update(task, [t.success for t in group if not t.stop.ours])
+            counted = [counts(t) for t in group]
+            curriculum.update(task, [t.success for t in group if counts(t)])
             shaped = reward.shape(
                 [t.reward for t in group],
                 [reward.partial(t.evaluation, task.domain) for t in group],
@@ -185,11 +185,17 @@ def draw_groups(
             teaches.append(reward.differs(shaped, counted))
         if sum(teaches) >= cfg.tasks_per_step or len(groups) == len(curriculum.tasks):
             break
-    graded = [any(not t.stop.ours for t in group) for group, _ in groups]
+    graded = [any(map(counts, group)) for group, _ in groups]
     best = sorted(range(len(groups)), key=lambda i: (not teaches[i], not graded[i]))[: cfg.tasks_per_step]
     flat = 1 - sum(teaches) / max(1, sum(graded))
     share = {"groups": len(groups), "zero_variance_share": flat, "rounds": number + 1}
     return [groups[i] for i in sorted(best)], [t for group, _ in groups for t in group], share
+
+
+def counts(t: Trajectory) -> bool:
+    """Whether an episode says something of the policy: it did not break on our side, and the agent had a turn (else
+    there was no room for one, or the customer left before it)."""
+    return any(t.said) and not t.stop.ours
 
 
 def spent(cfg: config.GRPO, episodes: int) -> bool:
@@ -209,7 +215,7 @@ def shuffled(groups: Sequence[Group], seed: str) -> list[Group]:
     What the curriculum and the metrics say is not touched: they look at the trajectories.
     """
     rng = Random(seed)
-    return [(group, reward.shuffled(shaped, [not t.stop.ours for t in group], rng)) for group, shaped in groups]
+    return [(group, reward.shuffled(shaped, [counts(t) for t in group], rng)) for group, shaped in groups]
 
 
 def split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
@@ -222,14 +228,14 @@ def split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
 def weigh(cfg: config.GRPO, groups: Sequence[Group]) -> list[batch.Sample]:
     """The trajectories of one optimizer step, each with its advantage and its tokens' weight in the loss.
 
-    Episodes that broke on our side, or in which the agent had no room to say anything, stay out.
+    Those that do not count stay out, also of what the others are compared with.
     """
     shaped_PG = torch.tensor([shaped for _, shaped in groups], dtype=torch.float64)
-    counted_PG = torch.tensor([[not t.stop.ours for t in group] for group, _ in groups])
+    counted_PG = torch.tensor([[counts(t) for t in group] for group, _ in groups])
     advantages_PG = grpo.advantages(shaped_PG, counted_PG, divide_by_std=cfg.divide_by_std)
     advantages_PG = grpo.asymmetric(advantages_PG, cfg.negative_weight)
     trajectories = [t for group, _ in groups for t in group]
-    pairs = [(t, a) for t, a in zip(trajectories, advantages_PG.flatten().tolist()) if any(t.said) and not t.stop.ours]
+    pairs = [(t, a) for t, a in zip(trajectories, advantages_PG.flatten().tolist()) if counts(t)]
     said_S = torch.tensor([sum(t.said) for t, _ in pairs])
     weights_S = grpo.token_weights(said_S, cfg.aggregation, max_tokens=cfg.max_tokens)
     return [batch.Sample(t, advantage, weight) for (t, advantage), weight in zip(pairs, weights_S.tolist())]

@@ -14,6 +14,7 @@ import time
 import pytest
 from conftest import trajectory as finished
 
+import train
 from minitau import config, rollout
 from minitau.chat import Chat, load_chat
 from minitau.engines.local import LocalEngine
@@ -169,6 +170,27 @@ def test_the_agent_may_end_the_conversation(single):
     task = WORLD.tasks("desk", "train")[0]
     served = run(single, script(*gold(single, task, "seed")), task=task)
     assert served.stop == Stop.USER_STOP and served.reward == 1.0  # the other dialect serves as well
+
+
+def test_a_customer_who_leaves_before_the_agents_first_turn(chat):
+    class Leaves(CourierEnv):
+        def reset(self, task, seed):
+            return dataclasses.replace(super().reset(task, seed), stop=Stop.USER_STOP)
+
+    played = run(chat, script(reply(chat, "Hello?")), env=Leaves())
+    assert played.stop == Stop.USER_STOP and played.evaluation.checks and not played.turns and not played.ids
+    assert not train.counts(played) and train.counts(run(chat, script(reply(chat, "Hm."))))
+
+
+def test_calls_of_no_tool_reach_an_environment_that_answers_them(chat):
+    class Answers(CourierEnv):
+        def reset(self, task, seed):
+            return dataclasses.replace(super().reset(task, seed), answers_any_call=True)
+
+    played = run(chat, script(*[reply(chat, "", Call("fly", {}), Call("look", {"parcel": "1"}))] * 5), env=Answers())
+    assert played.stop == Stop.MAX_TURNS and not any(turn.error for turn in played.turns)
+    answers = [m.content for m in played.messages if m.role == "tool"]
+    assert answers[:2] == ["Error: there is no such tool", "Error: unknown parcel"]
 
 
 def test_turns_run_out(chat):
