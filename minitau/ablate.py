@@ -228,7 +228,7 @@ def row(out: Path, one: Setting, played: dict[str, dict[str, list[Trajectory]]])
 def drifts(run: Path) -> list[float]:
     """Mean |engine's - trainer's log-probability| of each step; of one in which all episodes broke there is none."""
     lines = [json.loads(line) for line in whole_lines(run / "metrics.jsonl")]
-    return [line["drift"] for line in lines if "drift" in line] or [0.0]
+    return [line["drift"] for line in lines if line.get("drift") is not None] or [0.0]
 
 
 def check(cfg: Ablations) -> None:

@@ -24,9 +24,9 @@ from jinja2 import TemplateError
 from minitau.episode import Action, BadInput, Call, Message, Opening
 
 DIALECTS = ("native", "single-call")
-OPEN, CLOSE, THOUGHT_END = "<tool_call>", "</tool_call>", "</think>"
+OPEN, CLOSE, THOUGHT, THOUGHT_END = "<tool_call>", "</tool_call>", "<think>", "</think>"
 # What templates write around calls, results and thoughts: nobody else may.
-MARKS = (OPEN, CLOSE, "<tool_response>", "</tool_response>", "<think>", THOUGHT_END)
+MARKS = (OPEN, CLOSE, "<tool_response>", "</tool_response>", THOUGHT, THOUGHT_END)
 MAX_DEPTH = 64  # of nested JSON in a call
 SENTINEL = "sentinel-of-minitau"  # stands for the agent's reply when a delta is rendered
 
@@ -87,8 +87,7 @@ class Chat:
         for role in ("user", "tool"):  # a template that cannot do this fails here, not in an episode
             if SENTINEL not in (delta := self.delta_text([Message(role, SENTINEL)])):
                 raise ChatError(f"the chat template drops {role} messages")
-        # Templates of models that always think open the thought themselves; a demonstration has none, and ends it.
-        self.before_reply = f"{THOUGHT_END}\n\n" if delta.rstrip().endswith("<think>") else ""
+        self.opens_thought = delta.rstrip().endswith(THOUGHT)  # as the templates of models do that always think
 
     def check_vocabulary(self, size: int) -> None:
         """Raise ChatError if the tokenizer has ids that a model of `size` tokens does not."""
@@ -162,7 +161,11 @@ class Chat:
 
     def write(self, message: Message) -> list[int]:
         """Ids of an assistant message as this dialect would have sampled it, eos included."""
-        return [*self.encode(self.before_reply + self.as_dict(message)["content"]), self.eos_id]
+        text = self.as_dict(message)["content"]
+        if self.opens_thought:  # a demonstration goes on with its own, or ends it
+            thinks = text.lstrip().startswith(THOUGHT)
+            text = text.lstrip().removeprefix(THOUGHT).lstrip("\n") if thinks else f"{THOUGHT_END}\n\n{text}"
+        return [*self.encode(text), self.eos_id]
 
     def write_text(self, message: Message) -> str:
         calls = message.calls
@@ -230,7 +233,7 @@ def without_thought(text: str) -> str:
     """The reply behind its thought, if it begins with one; a </think> inside a call is only text."""
     end = text.find(THOUGHT_END)
     call = text.find(OPEN)
-    if end < 0 or (0 <= call < end and not text.lstrip().startswith("<think>")):
+    if end < 0 or (0 <= call < end and not text.lstrip().startswith(THOUGHT)):
         return text
     return text[end + len(THOUGHT_END) :]
 

@@ -23,8 +23,7 @@ FREE_ON_RESUME = {
     "tensorboard",
     "concurrency",
     "user_api_base",
-    "model",  # of this and the next, what they hold is recorded, and may not change
-    "task_file",
+    "task_file",  # its content is recorded, and may not change
     "floors",
     "engine_command",
     "engine_url",
@@ -74,7 +73,9 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     kind, ours = (of.get("stage") or of.get("script") for of in (before, now))
     if kind != ours:
         return f"a run of {kind}; choose another --out"
-    changed = sorted(k for k in before | now if k not in FREE_ON_RESUME and before.get(k) != now.get(k))
+    # A model is known by what it holds, if the run has noted that, as early ones did not; else by where it lies.
+    free = FREE_ON_RESUME | {"model" if "model_sha256" in before else "model_sha256"}
+    changed = sorted(k for k in before | now if k not in free and before.get(k) != now.get(k))
     if not changed:
         return ""
     told = [
@@ -89,7 +90,7 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def shortened(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 @contextmanager

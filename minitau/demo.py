@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitau import checkpoint, cli, config, picture, pretrained, report
+from minitau import checkpoint, cli, config, picture, report
 from minitau.claim import lock, refusing
 from minitau.config import setting
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory
-from minitau.log import run_script, whole_lines
+from minitau.log import file_sha256, run_script, whole_lines
 from minitau.parts import ROOT, end
 from minitau.tasks import FLOORS
 
@@ -152,7 +152,7 @@ def weights(model: Path, flag: str) -> dict[str, str]:
     """What a model's files of weights hold, by name. Raises BadInput, which names `flag`, if there is no model."""
     if not (model / "config.json").is_file():
         raise BadInput(f"{model} holds no model (there is no config.json in it); choose another {flag}")
-    return pretrained.weights_sha256(model)
+    return {path.name: file_sha256(path) for path in sorted(model.glob("*.safetensors"))}
 
 
 def claim(out: Path, marker: str, identity: dict[str, Any], resume: bool) -> None:

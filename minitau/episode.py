@@ -264,7 +264,8 @@ class Env(Protocol):
     """One live episode of a domain. Made fresh for each episode, used by one thread, may block."""
 
     def reset(self, task: Task, seed: str) -> Opening:
-        """Start `task`. The same task and seed give the same customer. Raises UserError, EnvError."""
+        """Start `task`. The same task and seed give the same customer. If the opening has a `stop` the episode is over,
+        and graded without a step. Raises UserError, EnvError."""
 
     def step(self, action: Action) -> Observation:
         """Do what the agent did. A tool's own error is a `tool` message; raises UserError, EnvError."""

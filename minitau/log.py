@@ -122,6 +122,8 @@ class MetricsLog:
                     resume="allow",
                     config=json.loads((run_dir / "config.json").read_text()),
                 )
+                # Of W&B's own steps those that come again, after a run was killed, would be lost.
+                self.wandb.define_metric("*", step_metric="step")
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -149,7 +151,7 @@ class MetricsLog:
         self.bar.update()
         flat = dict(flatten(metrics))
         if self.wandb:
-            self.wandb.log(flat, step=metrics["step"])
+            self.wandb.log(flat)
         if self.tensorboard:
             for name, value in flat.items():
                 self.tensorboard.add_scalar(name, value, metrics["step"])

@@ -2,8 +2,9 @@
 
     python -m minitau.plot RUN [RUN ...] --out FILE
 
-Runs that differ in nothing but the seed, and in where they stand on disk, are drawn together: at every step that all of
-them have, the mean over seeds and its 95% interval by Student's t. It is made of config.json and metrics.jsonl alone.
+Runs that differ in nothing but the seed, and in settings that a resumed run may change, are drawn together: at every
+step that all of them have, the mean over seeds and its 95% interval by Student's t. It is made of config.json and
+metrics.jsonl alone.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PANELS = (
     ("tokens of an episode (dashed: longest)", "length_mean", "length_max", {"ylim": (0, None)}),
 )
 # Settings that do not change what is computed: those that a resumed run may change, but for how long it is.
-MEANS = FREE_ON_RESUME - {"model", "steps", "episodes"}
+MEANS = FREE_ON_RESUME - {"steps", "episodes"}
 Point = tuple[int, float, float]  # step, mean, half of the interval's width
 
 
@@ -105,11 +106,11 @@ def common_name(folders: Sequence[Path]) -> str:
 
 
 def identity(folder: Path) -> dict[str, Any]:
-    """What makes a run what it is, beside its seed and what follows from that: `seed-N` of this seed in a path is none,
-    and files are known by their paths, not by what they hold."""
+    """What makes a run what it is, beside its seed. A model is known by its path, in which `seed-N` of this seed is
+    none."""
     settings = catalogue.settings_of(folder)
     seed = settings.get("seed")
-    kept = {name: of for name, of in settings.items() if name not in {*MEANS, "seed"} and not name.endswith("sha256")}
+    kept = {name: value for name, value in settings.items() if name not in {*MEANS, "seed", "model_sha256"}}
     return {
         name: value.replace(f"seed-{seed}", "seed-*") if isinstance(value, str) else value
         for name, value in kept.items()

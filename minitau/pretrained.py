@@ -113,15 +113,7 @@ def load_model(model_dir: str | Path) -> Qwen3:
 
 def read_safetensors(model_dir: Path) -> Iterable[tuple[str, Tensor]]:
     """(name, tensor) of every tensor in the directory, one at a time."""
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = sorted(map(str, set(json.loads(index.read_text())["weight_map"].values())))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: damaged ({type(error).__name__}: {error})") from None
-    else:
-        files = ["model.safetensors"]
-    for file in files:
+    for file in weight_files(model_dir):
         if not (model_dir / file).is_file():
             raise CheckpointError(f"{model_dir}: {file} is missing; is the download complete?")
         try:
@@ -132,9 +124,21 @@ def read_safetensors(model_dir: Path) -> Iterable[tuple[str, Tensor]]:
             raise CheckpointError(f"{model_dir / file}: damaged ({error})") from None
 
 
-def weights_sha256(model_dir: str | Path) -> dict[str, str]:
-    """What a directory's files of weights hold, by name."""
-    return {path.name: file_sha256(path) for path in sorted(Path(model_dir).glob("*.safetensors"))}
+def weight_files(model_dir: Path) -> list[str]:
+    """The names of a directory's safetensors, as its index has them if it has one. Raises CheckpointError."""
+    index = model_dir / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    try:
+        return sorted(map(str, set(json.loads(index.read_text())["weight_map"].values())))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: damaged ({type(error).__name__}: {error})") from None
+
+
+def model_sha256(model_dir: Path) -> dict[str, str]:
+    """What those of a directory's files hold that make the model what it is, by name. Raises CheckpointError."""
+    names = ["config.json", *TOKENIZER_FILES, *weight_files(model_dir)]
+    return {name: file_sha256(model_dir / name) for name in names if (model_dir / name).is_file()}
 
 
 def save_model(

@@ -15,11 +15,11 @@ def reject(groups: Iterable[Sequence[Trajectory]], min_partial: float) -> list[T
     """What RFT trains on: of each task every attempt with reward 1, else the best partial one.
 
     An unsolved task keeps its best attempt if its partial score reaches `min_partial`; among equals
-    the first. Episodes that broke on our side are never kept.
+    the first. Episodes that broke on our side are never kept, nor those without a reply to imitate.
     """
     kept: list[Trajectory] = []
     for group in groups:
-        graded = [t for t in group if not t.stop.ours]
+        graded = [t for t in group if not t.stop.ours and any(without_mistakes(t).said)]
         solved = [t for t in graded if t.success]
         if solved:
             kept += solved
@@ -51,7 +51,7 @@ def kept_rows(groups: Iterable[Sequence[Trajectory]], kept: Sequence[Trajectory]
     for domain in [*domains, "all"] if len(domains) > 1 else domains:
         ours = [group for group in groups if domain in ("all", group[0].task.domain)]
         graded = [t for group in ours for t in group if not t.stop.ours]
-        solved = sum(any(t.success for t in group) for group in ours)
+        solved = sum(group[0].task in chosen and any(t.success for t in group) for group in ours)
         lost = sum(group[0].task not in chosen for group in ours)
         rows.append(
             {

@@ -319,7 +319,7 @@ def spoken_in(message: Message) -> Iterator[tuple[str, str]]:
         case "tool":
             yield "result", message.content
         case "assistant":
-            if message.content or not message.calls:  # beside calls, text is a thought that nobody hears
+            if message.content or not message.calls:  # beside calls, text is a thought that no customer hears
                 yield "thought" if message.calls else "agent", message.content or "(no words)"
             for call in message.calls:
                 yield "call", f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)})"

@@ -78,13 +78,13 @@ def open_chat(model_dir: str, dialect: str) -> Chat:
 
 
 def claim_run_dir(out: str, resume: bool, settings: dict, model_dir: str = "") -> None:
-    """claim.claim_run_dir by the first rank, with what the model's weights are; all ranks raise what it raises."""
+    """claim.claim_run_dir by the first rank, with what the model's files hold; all ranks raise what it raises."""
     problem = ""
     if parallel.is_main():
-        weights = {"model_sha256": pretrained.weights_sha256(model_dir)} if model_dir else {}
         try:
-            claim.claim_run_dir(out, resume, {**settings, **weights})
-        except BadInput as error:
+            held = {"model_sha256": pretrained.model_sha256(Path(model_dir))} if model_dir else {}
+            claim.claim_run_dir(out, resume, {**settings, **held})
+        except (BadInput, OSError) as error:
             problem = str(error)
     if problem := parallel.from_main(problem):
         raise BadInput(problem)

@@ -121,7 +121,7 @@ def load(path: str, chat: Chat, max_tokens: int) -> Data:
 
 
 def mistake(given: Conversation, trajectory: Trajectory, chat: Chat) -> str:
-    """What this chat would tell an agent that replied so, were it an episode; empty if nothing is wrong."""
+    """What is wrong with a reply, as this chat would tell its agent, or that it calls no tool; empty if nothing is."""
     called = {call.name for message in given.messages for call in message.calls}
     tools = given.opening.tools or [{"function": {"name": name}} for name in called]
     for number, turn in enumerate(trajectory.turns, 1):

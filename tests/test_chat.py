@@ -121,6 +121,9 @@ def test_a_template_that_opens_a_thought_gets_it_closed(tiny_dir):
         ids = chat.write(message)
         assert chat.decode(ids).startswith("</think>\n\n")
         assert chat.parse(ids, TOOLS) == Action(message.content, message.calls)
+    ids = chat.write(says("<think>\nWhich one?\n</think>\n\nHello.", LOOK))
+    assert chat.decode(ids).startswith("Which one?\n</think>\n\nHello."), "it goes on with a thought that is there"
+    assert chat.parse(ids, TOOLS) == Action("Hello.", (LOOK,))
 
 
 # -- rendering ---------------------------------------------------------------------------------------------

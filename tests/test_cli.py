@@ -178,6 +178,15 @@ def test_other_weights_under_the_same_name_are_another_run(capsys, tmp_path, tin
     capsys.readouterr()
     line = refused(capsys, train.main, *flags, "--model", moved, "--resume")
     assert f"{out} holds another run: what --model holds; choose another --out" in line
+    settings = json.loads((out / "config.json").read_text())
+    held = settings.pop("model_sha256")
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= held.keys()
+    (out / "config.json").write_text(json.dumps(settings))  # as of a run that was begun when that was not noted
+    assert f"model ('{moved}', now '{tiny_dir}')" in refused(
+        capsys, train.main, *flags, "--model", tiny_dir, "--resume"
+    )
+    assert run_script("train", train.main, [str(flag) for flag in (*flags, "--model", moved, "--resume")]) == 0
+    assert "model_sha256" in json.loads((out / "config.json").read_text())
 
 
 def test_what_a_run_wrote_is_damaged(capsys, tmp_path, tiny_dir):

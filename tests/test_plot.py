@@ -41,6 +41,13 @@ def test_seeds_are_one_curve_and_other_settings_another(make):
     assert [str(group) for group in plot.groups_of(folders[:1])] == ["a"]
 
 
+def test_files_are_known_by_what_they_hold_and_models_by_their_path(make):
+    by_file = [make(str(i), seed=i, task_file=f"{i}.jsonl", task_file_sha256=held) for i, held in enumerate("aab")]
+    assert [len(group.runs) for group in plot.groups_of(by_file)] == [2, 1]
+    by_model = [make(f"m{i}", seed=i, model=f"study/seed-{i}/model", model_sha256={"x": str(i)}) for i in range(3)]
+    assert len(plot.groups_of(by_model)) == 1, "what follows from the seed makes no difference"
+
+
 def test_the_same_seed_twice_is_no_second_seed(make):
     twice = [make("a"), make("b")]
     with pytest.raises(BadInput, match=r"a and .*b have the same settings and seed; leave one out"):

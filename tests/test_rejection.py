@@ -33,6 +33,11 @@ def test_malformed_replies_are_not_imitated():
     seen = rejection.without_mistakes(t)
     assert seen.ids == t.ids and seen.said == [False, False, False, False, True, False]
     assert t.said == [False, True, True, False, True, False], "the episode stays what it was"
+    t.turns = [Turn(1, 3, 0, "not JSON"), Turn(4, 5, 0, "not JSON either")]
+    assert rejection.reject([[t, attempt(0.0, (True, False))]], 0.4) == [attempt(0.0, (True, False))]
+    assert rejection.reject([[t]], 0.0) == [], "there is nothing in it to imitate"
+    (row,) = rejection.kept_rows([[t]], [])
+    assert (row["solved"], row["partial"], row["lost"]) == (0, 0, 1)
 
 
 def test_what_broke_on_our_side_is_never_kept():

@@ -193,11 +193,14 @@ def test_huge_powers(play):
         "9**300 / 9**299": "9.0",
         "(-8)**2 + 1**999999999": "65.0",
         "9.5**9**9": "Error: (34, 'Numerical result out of range')",
+        "1/0 + 9**9**9": "Error: division by zero",
+        "2(3 + 4)": "Error: 'int' object is not callable",
     }
     for expression, answer in answers.items():
         seen = env.step(Action(calls=(Call("calculate", {"expression": expression}),)))
         assert seen.messages[0].content == answer
     endless = ["9**9**9", "9**(9**9)", "2**99999999", " (2 **\t9) ** 999999999", "+".join(["1"] * 3000) + "+9**9**9"]
+    endless += ["2(9**9**9)", "(9**9**9)(1)", "(1, 9**9**9)", "...+9**9**9"]
     for expression in endless:
         before = list(env._record)
         both = (Call("calculate", {"expression": expression}), Call("calculate", {"expression": "1 + 1"}))

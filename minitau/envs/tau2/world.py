@@ -309,14 +309,15 @@ class Tau2Env:
 
 def _freezes(call: Any) -> bool:
     """Whether a call asks the calculator, which evaluates what it is given, for something like 9**9**9: hours."""
-    if call.name != "calculate":
+    expression = str(call.arguments.get("expression")).strip()
+    if call.name != "calculate" or "**" not in expression:
         return False
     try:
-        _evaluated(ast.parse(str(call.arguments.get("expression")).strip(), mode="eval").body)
-    except (_Huge, RecursionError):
+        _evaluated(ast.parse(expression, mode="eval").body)
+    except (SyntaxError, ArithmeticError, TypeError):
+        return False  # the calculator finds the same, as soon
+    except Exception:  # something huge, or who knows what
         return True
-    except Exception:  # what the calculator says of such an expression, it says at once
-        return False
     return False
 
 
@@ -325,7 +326,8 @@ class _Huge(Exception):
 
 
 def _evaluated(node: ast.expr) -> Any:
-    """The number that the calculator would make of it. Raises _Huge instead of making a huge one."""
+    """The number that the calculator would make of it. Raises _Huge instead of making a huge one, and ValueError for what
+    is no arithmetic: it can call a number, and evaluates the arguments first."""
     match node:
         case ast.Constant(value=int() | float()):
             return node.value
