@@ -326,8 +326,8 @@ class _Huge(Exception):
 
 
 def _evaluated(node: ast.expr) -> Any:
-    """The number that the calculator would make of it. Raises _Huge instead of making a huge one, and ValueError for what
-    is no arithmetic: it can call a number, and evaluates the arguments first."""
+    """The number that the calculator would make of it. Raises _Huge instead of making a huge one, and ValueError for
+    what is no arithmetic: it can call a number, and evaluates the arguments first."""
     match node:
         case ast.Constant(value=int() | float()):
             return node.value
