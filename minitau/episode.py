@@ -234,11 +234,11 @@ class Trajectory:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Trajectory:
         """The inverse of to_json. Raises KeyError, TypeError or ValueError on anything else."""
-        evaluation = row["evaluation"]
+        task, evaluation = Task(**row["task"]), row["evaluation"]
+        if not all(isinstance(name, str) for name in (task.domain, task.split, task.id)):
+            raise TypeError("a task's domain, split and id are texts")
         if len({len(row[name]) for name in ("ids", "said", "logprobs")}) != 1:
             raise ValueError("ids, said and logprobs are not of one length")
-        if not all(isinstance(name, str) for name in row["task"].values()):
-            raise TypeError("a task's domain, split and id are texts")
         if evaluation is not None:
             if not isinstance(evaluation["reward"], (int, float)):
                 raise TypeError("a reward is a number")
@@ -247,7 +247,7 @@ class Trajectory:
         return cls(
             **{
                 **row,
-                "task": Task(**row["task"]),
+                "task": task,
                 "turns": [Turn(**turn) for turn in row["turns"]],
                 "messages": [message_from_json(message) for message in row["messages"]],
                 "stop": None if row["stop"] is None else Stop(row["stop"]),

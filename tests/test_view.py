@@ -286,7 +286,7 @@ def test_bad_input_is_one_line(write, tmp_path, capsys):
     for change in ({"step": "x"}, {"advantage": "x"}):
         path.write_text(json.dumps({**row(1), **change}) + "\n")
         assert f"{path}, line 1: no episode" in refused(capsys, folder)
-    for change in ({"ids": None}, {"ids": [1]}, {"task": {"domain": "desk", "split": "train", "id": 5}}):
+    for change in ({"ids": None}, {"ids": [1]}, {"task": []}, {"task": {"domain": "desk", "split": "train", "id": 5}}):
         path.write_text(json.dumps({**row(1), "trajectory": {**row(1)["trajectory"], **change}}) + "\n")
         assert f"{path}, line 1: no episode" in refused(capsys, folder)
     assert "leave one out" in refused(capsys, folder, "--show", "1", "--html", tmp_path / "x.html")
