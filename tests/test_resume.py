@@ -22,7 +22,8 @@ EPISODES = "--max-new-tokens 16 --max-turns 3 --max-tokens 1024"
 STAGES = {
     "sft": ("--epochs 3 --batch-size 4 --lr 1e-3 --save-every 2", 9),
     "rft": (
-        "--tasks 6 --samples 2 --round-tasks 2 --min-partial 0 --epochs 2 --batch-size 2 --lr 1e-3 "
+        # Three rounds, and a step an epoch however many of the six tasks have a reply that can be imitated.
+        "--tasks 6 --samples 2 --round-tasks 2 --min-partial 0 --epochs 6 --batch-size 6 --lr 1e-3 "
         f"--save-every 2 {EPISODES}",
         9,
     ),
