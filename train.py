@@ -86,7 +86,7 @@ def train_grpo(cfg: config.GRPO) -> None:
     check_engine(cfg)
     world = open_world(cfg)
     chosen = for_training(cfg, world, say)
-    run = open_run("grpo", cfg, **fingerprint(cfg))
+    run = open_run("grpo", cfg, keeps=("curriculum", "episodes"), **fingerprint(cfg))
     tasks = screened(cfg, chosen, world, run)
     curriculum = Curriculum(tasks, seed=cfg.seed, enabled=cfg.curriculum)
     if run.state:

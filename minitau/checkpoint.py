@@ -16,7 +16,7 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -194,8 +194,11 @@ def latest(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(run_dir: Path, model: Qwen3, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """Restore the newest checkpoint in place; its state, or None if there is none yet."""
+def load(
+    run_dir: Path, model: Qwen3, optimizer: torch.optim.Optimizer, keeps: Sequence[str] = ()
+) -> dict[str, Any] | None:
+    """Restore the newest checkpoint in place; its state, or None if there is none yet. Raises CheckpointError if it is
+    damaged, or its state lacks something of `keeps`."""
     place = latest(run_dir)
     if place is None:
         return None
@@ -203,6 +206,8 @@ def load(run_dir: Path, model: Qwen3, optimizer: torch.optim.Optimizer) -> dict[
         state = json.loads((place / "state.json").read_text())
         if not isinstance(state, dict) or not isinstance(state.get("step"), int):
             raise ValueError("state.json does not say at which step")
+        if missing := [name for name in keeps if name not in state]:
+            raise ValueError(f"state.json has no {missing[0]}")
         parallel.load_state(place / "state", model, optimizer)
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())[:200]

@@ -37,10 +37,11 @@ class Run:
     state: dict | None = None  # what that checkpoint says
 
 
-def open_run(stage: str, cfg: config.Training, **also: str) -> Run:
+def open_run(stage: str, cfg: config.Training, keeps: Sequence[str] = (), **also: str) -> Run:
     """Load model and tokenizer, claim the folder, shard, and restore the newest checkpoint if resuming.
 
-    `also`: what else makes the run what it is, recorded with its settings.
+    `keeps`: what its checkpoints' state holds beside the step. `also`: what else makes the run what it is, recorded
+    with its settings.
     """
     chat = open_chat(cfg.model, cfg.dialect)
     model = pretrained.load_model(cfg.model)
@@ -49,7 +50,7 @@ def open_run(stage: str, cfg: config.Training, **also: str) -> Run:
     claim_run_dir(cfg.out, cfg.resume, {"stage": stage, **dataclasses.asdict(cfg), **also}, cfg.model)
     spread(model, cfg)
     optimizer = adamw(model, cfg)
-    state = checkpoint.load(folder, model, optimizer) if cfg.resume else None
+    state = checkpoint.load(folder, model, optimizer, keeps) if cfg.resume else None
     step = state["step"] if state is not None else 0
     logged = max(step, len(list((folder / "collected").glob("round-*.jsonl"))))  # RFT counts its rounds as steps
     if state is None:

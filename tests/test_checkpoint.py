@@ -629,6 +629,7 @@ def damage_state(place):
 DAMAGED = {
     "state.json cut": lambda place: (place / "state.json").write_text('{"step": '),
     "state.json without a step": lambda place: (place / "state.json").write_text("{}"),
+    "state.json without the rest": lambda place: (place / "state.json").write_text('{"step": 1, "curriculum": {}}'),
     "state.json of another kind": lambda place: (place / "state.json").write_text("[1]"),
     "state.json gone": lambda place: (place / "state.json").unlink(),
     "state cut": damage_state,
@@ -640,17 +641,18 @@ DAMAGED = {
 def test_a_damaged_checkpoint_is_one_line(tmp_path, case):
     """A disk that loses bytes, a copy that stopped halfway: --resume must say which folder to remove."""
     net, optimizer = new_run()
-    place = save(tmp_path, 1, net, optimizer)
+    keeps = ("curriculum", "episodes")
+    place = save(tmp_path, 1, net, optimizer, state=dict.fromkeys(keeps, 0))
     DAMAGED[case](place)
     again, fresh = new_run(seed=7)
     with pytest.raises(CheckpointError) as refusal:
-        checkpoint.load(tmp_path, again, fresh)
+        checkpoint.load(tmp_path, again, fresh, keeps)
     assert_one_line(refusal, place, ["it is the only one", "--out"])
     assert not (case.startswith("state.json") and fresh.state), "nothing of it was taken"
-    later = save(tmp_path, 2, net, optimizer)
+    later = save(tmp_path, 2, net, optimizer, state=dict.fromkeys(keeps, 0))
     DAMAGED[case](later)
     with pytest.raises(CheckpointError, match="go on from the one before"):
-        checkpoint.load(tmp_path, again, fresh)
+        checkpoint.load(tmp_path, again, fresh, keeps)
 
 
 def test_a_checkpoint_of_another_model_is_one_line(tmp_path):
