@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitau import checkpoint, cli, config, picture, report
+from minitau import checkpoint, cli, config, parts, picture, report
 from minitau.claim import lock, refusing
 from minitau.config import setting
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory
 from minitau.log import file_sha256, run_script, whole_lines
-from minitau.parts import ROOT, end
+from minitau.parts import ROOT
 from minitau.tasks import FLOORS
 
 MARKER = ".minitau-demo"  # says that a folder is a demo's
@@ -121,18 +119,9 @@ def eval_flags(name: str, out: Path, tasks: int, seed: int | str, *flags: str) -
 
 
 def run(*command: str) -> None:
-    """Run one of the project's scripts, shown as it would be typed. Raises BadInput if it fails."""
-    print("\n$ python " + " ".join(command), flush=True)
-    # On a CPU everywhere, for there it repeats: a GPU would hardly be faster with a model this small.
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment) as process:
-        try:
-            status = process.wait()
-        except BaseException:
-            end(process)
-            raise
-    if status:
-        raise BadInput(f"the step above ended with status {status}; the same command goes on from there")
+    """Run one of the project's scripts. On a CPU everywhere, for there it repeats: a GPU would hardly be faster with a
+    model this small."""
+    parts.run(command, CUDA_VISIBLE_DEVICES="")
 
 
 # -- its folder --------------------------------------------------------------------------------------------

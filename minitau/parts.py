@@ -1,4 +1,5 @@
-"""Many commands, several at once: each has a log, what is finished is not done twice, and nobody is left running."""
+"""Commands, one or several at once: those of play() have a log each, what is finished is not done twice, and nobody is
+left running."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from minitau.episode import BadInput
 
@@ -79,6 +81,20 @@ def play(parts: Sequence[Part], logs: Path, jobs: int, cwd: Path = ROOT) -> list
                 os.killpg(process.pid, signal.SIGTERM)  # also to the scripts that it runs
         for process, _ in running.values():
             end(process)
+
+
+def run(command: Sequence[str], to: TextIO | None = None, **environment: str) -> None:
+    """One command, in the repository: it, as it would be typed after "python", and all that it says go to `to`, stdout
+    if none. Raises BadInput if it fails."""
+    print(f"\n$ python {shlex.join(command)}", file=to, flush=True)
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | environment, stdout=to) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            end(process)
+            raise
+    if status:
+        raise BadInput(f"the step above ended with status {status}; the same command goes on from there")
 
 
 def start(part: Part, logs: Path, jobs: int, cwd: Path) -> subprocess.Popen:

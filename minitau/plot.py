@@ -24,7 +24,7 @@ from minitau.config import setting
 from minitau.episode import BadInput
 from minitau.log import metrics_of, run_script, written_whole
 
-# Critical values of Student's t, two-sided 95%, from 1 degree of freedom on; the last one stands for all after it.
+# See student(): from 1 degree of freedom on; the last one stands for all after it.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee")
 PHASES = {"rollout": "#4477aa", "logprobs": "#66ccee", "update": "#ee6677", "sync": "#ccbb44", "checkpoint": "#bbbbbb"}
@@ -136,7 +136,12 @@ def half_width(values: Sequence[float]) -> float:
     n = len(values)
     if n < 2:
         return 0.0
-    return T95[min(n - 2, len(T95) - 1)] * statistics.stdev(values) / math.sqrt(n)
+    return student(n - 1) * statistics.stdev(values) / math.sqrt(n)
+
+
+def student(degrees: int) -> float:
+    """Critical value of Student's t, two-sided 95%; beyond ten degrees of freedom a little too large."""
+    return T95[min(degrees, len(T95)) - 1]
 
 
 def shares(group: Group) -> dict[str, float]:

@@ -403,7 +403,8 @@ def test_every_command_in_the_readme_has_flags_that_exist():
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoints", "engine", "peers", "ratios", "tau2_concurrent", "tau2_faithful", "trainer", "whole_step"]
+    "name",
+    ["checkpoints", "engine", "learns", "peers", "ratios", "tau2_concurrent", "tau2_faithful", "trainer", "whole_step"],
 )
 def test_a_benchmark_starts_as_the_readme_says(name):
     """From the repository's root, with nothing of ours installed. The first is typed for real."""
