@@ -242,7 +242,7 @@ def weigh(cfg: config.GRPO, groups: Sequence[Group]) -> list[batch.Sample]:
 
 
 def mean_of(losses: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the updates of a step; empty if every episode broke on our side and there was none."""
+    """Means over the updates of a step; empty if there was none, because no episode had a turn of the agent."""
     return {name: sum(each[name] for each in losses) / len(losses) for name in (losses[0] if losses else ())}
 
 

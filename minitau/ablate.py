@@ -23,7 +23,7 @@ from minitau import checkpoint, cli, demo, parts, report
 from minitau.ablations import DEFAULT, GROUPS, SETTINGS, Setting, by_name, markdown, sentence
 from minitau.config import setting
 from minitau.episode import BadInput, Trajectory
-from minitau.log import run_script, whole_lines
+from minitau.log import metrics_of, run_script
 from minitau.parts import ROOT, Part
 from minitau.pooled import episodes_played, gain, pooled
 
@@ -227,7 +227,7 @@ def row(out: Path, one: Setting, played: dict[str, dict[str, list[Trajectory]]])
 
 def drifts(run: Path) -> list[float]:
     """Mean |engine's - trainer's log-probability| of each step; of one in which all episodes broke there is none."""
-    lines = [json.loads(line) for line in whole_lines(run / "metrics.jsonl")]
+    lines = metrics_of(run / "metrics.jsonl")
     return [line["drift"] for line in lines if line.get("drift") is not None] or [0.0]
 
 

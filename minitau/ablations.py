@@ -13,9 +13,7 @@ from minitau.report import interval, percent
 
 DEFAULT = "default"
 ENOUGH = 3  # seeds; of fewer nothing is said
-ROUND = (
-    "--engine-round 3"  # a drift of some 0.015 nats a token, as between engines in bf16 or 8 bits and their trainers
-)
+ROUND = "--engine-round 3"  # a drift as between engines in bf16 or 8 bits and their trainers
 UNCORRECTED = "--importance-cap 0 --sequence-low 0 --sequence-high 1e9"
 
 

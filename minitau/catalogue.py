@@ -68,7 +68,7 @@ def catalogue(run: Path) -> list[Entry]:
         raise BadInput(f"{run} holds no episodes of GRPO, RFT or an evaluation{hint}")
     found = []
     for path in files:
-        for line, (offset, row) in enumerate(lines_of(path), 1):
+        for line, offset, row in lines_of(path):
             try:
                 found.append(entry_of(len(found) + 1, path, offset, row))
             except BadInput as error:
@@ -76,13 +76,14 @@ def catalogue(run: Path) -> list[Entry]:
     return found
 
 
-def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Each line and where it begins; one that a crash cut in half, or that is being written, is none."""
+def lines_of(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Each line after its number and where it begins; one that a crash cut in half, or that is being written, is
+    none."""
     with open(path, "rb") as file:
         offset = 0
-        for line in file:
+        for number, line in enumerate(file, 1):
             if line.endswith(b"\n") and line.strip():
-                yield offset, line
+                yield number, offset, line
             offset += len(line)
 
 
@@ -116,7 +117,7 @@ def read_line(path: Path, line: bytes) -> tuple[int | None, float | None, list[f
             return step, advantage, row.get("old_logprobs"), t
         of_round = re.fullmatch(r"round-(\d+)", path.stem)
         return int(of_round[1]) if of_round else None, None, None, Trajectory.from_json(row)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"no episode ({type(error).__name__}: {error})") from None
 
 

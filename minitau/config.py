@@ -18,6 +18,7 @@ def setting(default: Any, help: str, choices: tuple[Any, ...] | None = None, var
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "variable": variable})
 
 
+ENVS = ("courier", "tau2")  # envs.open_world opens them, ENV_DEFAULTS has what follows them
 SCRIPTED = "script"  # the user_model that is none, as envs/tau2/world.py has it, which knows no settings
 
 
@@ -25,7 +26,7 @@ SCRIPTED = "script"  # the user_model that is none, as envs/tau2/world.py has it
 class Domains:
     """Which world, and what of it."""
 
-    env: str = setting("courier", "the world of tasks", ("courier", "tau2"))
+    env: str = setting("courier", "the world of tasks", ENVS)
     domains: tuple[str, ...] = setting(("desk", "claims", "locker"), "comma-separated domains of that world")
     policy: tuple[str, ...] = setting(
         (), "tau2: a file whose text replaces the domain's policy; with several domains DOMAIN=FILE,DOMAIN=FILE"
@@ -296,7 +297,7 @@ class Check:
 class Listing:
     """Tasks to look at, or to keep in a file that the other scripts take as --task-file."""
 
-    env: str = setting("courier", "the world of tasks", ("courier", "tau2"))
+    env: str = setting("courier", "the world of tasks", ENVS)
     domains: tuple[str, ...] = setting(("desk", "claims", "locker"), "comma-separated domains of that world")
     split: str = setting("train", "which tasks")
     match: str = setting("", "only tasks in whose id this regular expression is found")

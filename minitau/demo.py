@@ -22,7 +22,7 @@ from minitau.claim import lock, refusing
 from minitau.config import setting
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory
-from minitau.log import file_sha256, run_script, whole_lines
+from minitau.log import file_sha256, metrics_of, run_script
 from minitau.parts import ROOT
 from minitau.tasks import FLOORS
 
@@ -219,7 +219,7 @@ def main(argv: list[str]) -> None:
     claim(out, MARKER, identity(cfg, "out"), cfg.resume)
     rows = pipeline(cfg)
     stages = ("sft", "rft", "grpo")
-    curves = {stage: [json.loads(line) for line in whole_lines(out / stage / "metrics.jsonl")] for stage in stages}
+    curves = {stage: metrics_of(out / stage / "metrics.jsonl") for stage in stages}
     picture.draw(out / "learning.png", rows, curves)
     print(f"\n{report.table(rows)}\n")
     print(f"{comparison(cfg, width=min(140, shutil.get_terminal_size((120, 24)).columns))}\n")

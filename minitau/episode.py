@@ -233,12 +233,17 @@ class Trajectory:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Trajectory:
-        """The inverse of to_json. Raises KeyError, TypeError or ValueError on anything else."""
+        """The inverse of to_json. Raises KeyError, TypeError, ValueError or AttributeError on anything else."""
         task, evaluation = Task(**row["task"]), row["evaluation"]
         if not all(isinstance(name, str) for name in (task.domain, task.split, task.id)):
             raise TypeError("a task's domain, split and id are texts")
         if len({len(row[name]) for name in ("ids", "said", "logprobs")}) != 1:
             raise ValueError("ids, said and logprobs are not of one length")
+        if not all(isinstance(value, (int, float)) for value in row["seconds"].values()):
+            raise TypeError("seconds are numbers")
+        turns = [Turn(**turn) for turn in row["turns"]]
+        if not all(isinstance(place, int) for turn in turns for place in (turn.start, turn.end)):
+            raise TypeError("a turn's start and end are whole numbers")
         if evaluation is not None:
             if not isinstance(evaluation["reward"], (int, float)):
                 raise TypeError("a reward is a number")
@@ -248,7 +253,7 @@ class Trajectory:
             **{
                 **row,
                 "task": task,
-                "turns": [Turn(**turn) for turn in row["turns"]],
+                "turns": turns,
                 "messages": [message_from_json(message) for message in row["messages"]],
                 "stop": None if row["stop"] is None else Stop(row["stop"]),
                 "evaluation": evaluation,
@@ -257,6 +262,8 @@ class Trajectory:
 
 
 def message_from_json(row: dict[str, Any]) -> Message:
+    if not isinstance(row["role"], str) or not isinstance(row["content"], str):
+        raise TypeError("a message's role and content are texts")
     return Message(row["role"], row["content"], tuple(Call(**call) for call in row["calls"]))
 
 

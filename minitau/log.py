@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import select
 import signal
 import sys
 import threading
@@ -69,11 +70,14 @@ def run_script(name: str, body: Callable[[list[str]], None], argv: list[str], *,
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         body(argv)
+        sys.stdout.flush()
     except BadInput as error:
         status, line = 2, str(error)
     except (FileExistsError, NotADirectoryError) as error:
         status, line = 2, f"{error.filename or error}: a file is where a folder is needed; choose another place"
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            return 128 + signal.SIGPIPE
         full = "; free some space" + (f", then {resume}" if resume else "") if error.errno in FULL else ""
         status, line = 1, f"{error}{full}"
     except EpisodeError as error:
@@ -89,6 +93,16 @@ def run_script(name: str, body: Callable[[list[str]], None], argv: list[str], *,
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def nobody_reads() -> bool:
+    """Whether whoever read our stdout has gone, as `head` does that has seen enough. Then nothing more goes there."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    gone = any(events & select.POLLERR for _, events in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+    return gone
 
 
 class MetricsLog:
@@ -169,11 +183,11 @@ def finite(value: Any) -> Any:
 def metrics_of(path: Path) -> list[dict[str, Any]]:
     """The steps of a metrics.jsonl, in order. Raises BadInput with the number of a line that is none."""
     rows = []
-    for number, line in enumerate(whole_lines(path), 1):
+    for number, line in numbered_lines(path):
         try:
             row = json.loads(line)
             usable = isinstance(row, dict) and isinstance(row.get("step"), int)
-        except ValueError:
+        except (ValueError, RecursionError):
             usable = False
         if not usable:
             raise BadInput(f"{path}, line {number}: not a step's metrics; remove the line to go on without it")
@@ -181,23 +195,29 @@ def metrics_of(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a JSONL file, without the last one if a crash cut it in half. Raises BadInput if it is no text."""
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a JSONL file with their numbers, without empty ones, and without the last one if a crash cut it in
+    half. Raises BadInput if it is no text."""
     if not path.is_file():
         return []
-    whole, newline, _ = path.read_bytes().rpartition(b"\n")
+    whole = path.read_bytes().rpartition(b"\n")[0]
     try:
-        return [line for line in whole.decode("utf-8").split("\n") if line] if newline else []
+        return [(number, line) for number, line in enumerate(whole.decode("utf-8").split("\n"), 1) if line.strip()]
     except UnicodeDecodeError as error:
         number = whole.count(b"\n", 0, error.start) + 1
         raise BadInput(f"{path}, line {number}: not UTF-8; remove the line to go on without it") from None
 
 
+def whole_lines(path: Path) -> list[str]:
+    """Those lines without their numbers."""
+    return [line for _, line in numbered_lines(path)]
+
+
 def open_to_append(path: Path) -> TextIO:
     """Open a JSONL file to append to; a last line that a crash cut in half is dropped first."""
-    kept = "".join(line + "\n" for line in whole_lines(path))
+    whole = path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (the caller closes it)
-    file.truncate(len(kept.encode("utf-8")))
+    file.truncate(whole)
     return file
 
 

@@ -56,7 +56,7 @@ def most_turns(cfg: Any) -> float:
 def at_once(case: Case, conversations: int) -> int:
     """Conversations that one engine serves at a time: what --concurrency allows."""
     allowed = min(case.cfg.concurrency, math.ceil(conversations / case.ranks))
-    return allowed * math.ceil(case.ranks / case.engines)
+    return min(allowed * math.ceil(case.ranks / case.engines), math.ceil(conversations / case.engines))
 
 
 def rollout(case: Case, rounds: Sequence[int], attempts: int) -> Part:
@@ -155,13 +155,26 @@ def step_parts(case: Case) -> list[Part]:
     if case.stage != "grpo":
         training = updates(case, cfg.batch_size)
         return [*training, saving(case, total(training))]
-    flat = case.told.flat_groups if cfg.dynamic_sampling else 0.0
-    rounds = [math.ceil(cfg.tasks_per_step * flat**i) for i in range(cfg.max_rounds) if i == 0 or flat]
-    training = updates(case, cfg.tasks_per_step * cfg.group_size, cfg.updates_per_step)
+    rounds = rounds_of(case)
+    training = updates(case, rounds[0] * cfg.group_size, cfg.updates_per_step)
     playing = rollout(case, rounds, cfg.group_size)
     beside = playing.amount - (total(training) if cfg.ahead else 0.0)  # with --ahead it had begun before the update
     parts = [playing, *training, sync(case)]
     return [*parts, saving(case, step_seconds(case, parts), max(0.0, beside))]
+
+
+def rounds_of(case: Case) -> list[int]:
+    """How many tasks each round of a batch draws: those that it wants, then one for each that taught nothing, as long
+    as there are others."""
+    cfg, left = case.cfg, case.cfg.tasks or math.inf
+    flat = case.told.flat_groups if cfg.dynamic_sampling else 0.0
+    rounds = []
+    for number in range(cfg.max_rounds if flat else 1):
+        rounds.append(min(math.ceil(cfg.tasks_per_step * flat**number), left))
+        left -= rounds[-1]
+        if not left:
+            break
+    return rounds
 
 
 def step_seconds(case: Case, parts: Sequence[Part]) -> float:
@@ -236,12 +249,16 @@ def times(case: Case) -> list[str]:
     seconds = step_seconds(case, parts)
     lines = []
     if case.stage == "rft":
-        playing = [rollout(case, [cfg.round_tasks], cfg.samples), sync(case)]
-        whole = Part("in all", total(playing), f"for {cfg.round_tasks * cfg.samples} conversations")
+        tasks = min(cfg.round_tasks, cfg.tasks or cfg.round_tasks)
+        playing = [rollout(case, [tasks], cfg.samples), sync(case)]
+        whole = Part("in all", total(playing), f"for {tasks * cfg.samples} conversations")
         lines += table("Time of a round of collecting, s", [*playing, whole])
     how = "rollout beside the update (--ahead)" if getattr(cfg, "ahead", 0) else "one after the other"
     if case.stage == "grpo":
-        how += f"; {cfg.steps} steps: {cfg.steps * seconds / 3600:.1f} hours"
+        steps = cfg.steps
+        if cfg.episodes:
+            steps = min(steps, math.ceil(cfg.episodes / (sum(rounds_of(case)) * cfg.group_size)))
+        how += f"; {many(steps, 'step')}: {steps * seconds / 3600:.1f} hours"
     lines += table("Time of a step, s", [*parts, Part("in all", seconds, how)])
     return [
         *lines,

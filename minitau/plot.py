@@ -96,6 +96,9 @@ def groups_of(folders: Sequence[Path], together: bool = False) -> list[Group]:
         said = ", ".join(f"{name} {first.get(name, '-')}" for name in differing) if len(found) > 1 else ""
         name = said if said and len(said) <= 40 else common_name(members)
         groups.append(Group(name, [read(folder) for folder in members]))
+    if len({group.name for group in groups}) < len(groups):
+        paths = [common_path(members) for members in found.values()]
+        groups = [Group(name, group.runs) for name, group in zip(paths, groups)]
     return groups
 
 
@@ -103,6 +106,13 @@ def common_name(folders: Sequence[Path]) -> str:
     """The folders' name, without the number if that is what tells seeds apart."""
     first, *others = (folder.resolve().name for folder in folders)
     return first if set(others) <= {first} else first.rstrip("0123456789").rstrip("-_.") or first
+
+
+def common_path(folders: Sequence[Path]) -> str:
+    """The path of the first, with a star for what tells the others from it."""
+    first, *others = (folder.parts for folder in folders)
+    shared = (all(each[i : i + 1] == (part,) for each in others) for i, part in enumerate(first))
+    return str(Path(*(part if same else "*" for part, same in zip(first, shared))))
 
 
 def identity(folder: Path) -> dict[str, Any]:
@@ -146,7 +156,8 @@ def student(degrees: int) -> float:
 
 def shares(group: Group) -> dict[str, float]:
     """Each phase's part of all the seconds that the group's runs took, without those too small to see."""
-    seconds = [line["seconds"] for lines in group.runs for line in lines if isinstance(line.get("seconds"), dict)]
+    told = [line["seconds"] for lines in group.runs for line in lines if isinstance(line.get("seconds"), dict)]
+    seconds = [each for each in told if all(map(usable, each.values()))]
     total = sum(each.get("total", 0.0) for each in seconds)
     parts = {name: sum(each.get(name, 0.0) for each in seconds) / total for name in PHASES} if total else {}
     return {name: share for name, share in parts.items() if share >= 0.005}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 from minitau import report
 from minitau.episode import Trajectory
 from minitau.estimators import bootstrap_difference, bootstrap_interval, mean_over_tasks, pass_at_k, pass_hat_k
-from minitau.log import whole_lines
+from minitau.log import metrics_of
 
 BySeed = Mapping[str, Sequence[Trajectory]]  # an evaluation's episodes of each seed
 
 
 def episodes_played(run: Path) -> int:
     """How many training episodes a run sampled, by its metrics."""
-    return sum(json.loads(line).get("episodes", 0) for line in whole_lines(run / "metrics.jsonl"))
+    return sum(line.get("episodes", 0) for line in metrics_of(run / "metrics.jsonl"))
 
 
 def pooled(stage: str, by_seed: BySeed) -> list[dict[str, Any]]:

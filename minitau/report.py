@@ -18,7 +18,7 @@ from typing import Any
 
 from minitau.config import SCRIPTED
 from minitau.episode import BadInput, Check, Message, Stop, Trajectory
-from minitau.log import whole_lines
+from minitau.log import numbered_lines
 
 # -- episodes on disk ----------------------------------------------------------------------------------
 
@@ -55,10 +55,10 @@ def tallies(played: Sequence[Trajectory]) -> dict[str, tuple[int, int]]:
 def episodes_of(path: Path, advice: str) -> list[Trajectory]:
     """Those of one file. Raises BadInput, with the number of the line and `advice`, if one is none."""
     found = []
-    for number, line in enumerate(whole_lines(path), 1):
+    for number, line in numbered_lines(path):
         try:
             found.append(Trajectory.from_json(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             why = f"{type(error).__name__}: {error}"
             raise BadInput(f"{path}, line {number}: no episode ({why}); {advice}") from None
     return found

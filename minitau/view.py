@@ -27,7 +27,8 @@ from minitau.log import run_script
 
 MOST = 2000  # letters shown of one message, unless all are asked for
 WIDEST = 160  # columns; longer lines are hard to read
-TASK_WIDTH = 40
+TEXT_WIDTH = 40  # of a text in the list
+FORMS = {"reward": ".2f", "advantage": "+.2f"}  # of its numbers; the others are whole
 COLOURS = {"customer": 36, "agent": 1, "thought": 2, "call": 33, "result": 2, "passed": 32, "failed": 31, "token": 2}
 
 
@@ -74,22 +75,14 @@ def list_text(title: str, shown: Sequence[Entry], found: int, total: int) -> str
 
 
 def list_line(entry: Entry) -> list[str]:
-    def number(value: float | None, form: str = "d") -> str:
-        return "-" if value is None else format(value, form)
+    return [str(entry.number), *(cell(name, getattr(entry, name)) for name in COLUMNS)]
 
-    task = report.wrap(entry.task, TASK_WIDTH)
-    return [
-        str(entry.number),
-        number(entry.step),
-        report.wrap(entry.domain, TASK_WIDTH)[0],
-        task[0] + ("…" if len(task) > 1 else ""),
-        str(entry.attempt),
-        number(entry.reward, ".2f"),
-        number(entry.advantage, "+.2f"),
-        entry.stop,
-        str(entry.turns),
-        str(entry.tokens),
-    ]
+
+def cell(column: str, value: str | float | None) -> str:
+    if isinstance(value, str):
+        first, *more = report.wrap(value, TEXT_WIDTH)
+        return first + ("…" if more else "")
+    return "-" if value is None else format(value, FORMS.get(column, "d"))
 
 
 def title_of(run: Path, settings: Mapping[str, Any]) -> str:
@@ -215,7 +208,7 @@ def main(argv: Sequence[str]) -> None:
         titles = tuple(title(record.entry) for record in records)
         pair = [record.trajectory for record in records]
         return print(report.side_by_side(*pair, titles, width, 0 if cfg.full else MOST))
-    conditions = {name: getattr(cfg, name) for name in COLUMNS}
+    conditions = {name: getattr(cfg, name) for name in COLUMNS if hasattr(cfg, name)}
     found = catalogue.chosen(entries, conditions, cfg.sort, cfg.descending)
     shown = found[: cfg.limit] if cfg.limit else found
     if cfg.html:

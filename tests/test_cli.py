@@ -6,6 +6,7 @@ minutes); one case goes through a real shell command.
 
 import errno
 import functools
+import importlib
 import json
 import math
 import os
@@ -400,6 +401,19 @@ def test_every_command_in_the_readme_has_flags_that_exist():
             assert (ROOT / f"{script.replace('.', '/')}.py").is_file()
         else:
             SCRIPTS[script](words)
+
+
+def test_every_place_to_edit_that_the_readme_names_exists():
+    table = (ROOT / "README.md").read_text().split("## To try X, edit Y")[1].split("\n## ")[0]
+    places = [name for name in re.findall(r"`(\w+(?:\.\w+)+)`", table) if "/" not in name]
+    assert len(places) > 20
+    for place in places:
+        module, *names = place.split(".")
+        found = importlib.import_module("train" if module == "train" else f"minitau.{module}")
+        for name in names:
+            fields = getattr(found, "__dataclass_fields__", {})
+            assert hasattr(found, name) or name in fields, place
+            found = getattr(found, name, None)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import warm
 
 import eval as script
-from minitau import rollout
+from minitau import report, rollout
 from minitau.engines import local
 from minitau.envs.courier import Courier
 from minitau.envs.courier.world import IDS
@@ -146,9 +146,10 @@ def test_a_damaged_line_costs_one_episode(tmp_path, capsys):
     capsys.readouterr()
     assert run(tmp_path, "--agent", "gold", "--tasks", 1, "--num-trials", 1, "--resume")[0] == 2
     assert f"{path}, line 2: no episode" in (line := capsys.readouterr().err) and "remove the line" in line
-    path.write_text(lines[0] + lines[2])
-    assert run(tmp_path, "--agent", "gold", "--tasks", 1, "--num-trials", 1, "--resume")[0] == 0
-    assert len(episodes(tmp_path)) == 3
+    for left in (lines[0] + lines[2], lines[0] + "\n" + lines[2]):  # the line is removed, or emptied
+        path.write_text(left)
+        assert run(tmp_path, "--agent", "gold", "--tasks", 1, "--num-trials", 1, "--resume")[0] == 0
+        assert len(report.read_episodes(tmp_path)) == 3
 
 
 def test_no_room_for_a_reply_is_no_score(tmp_path, tiny_dir, capsys):

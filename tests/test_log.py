@@ -1,10 +1,14 @@
 """What a run writes: files whole or not at all, lines that any reader of JSON takes, and where the disk is full."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from minitau.log import MetricsLog, metrics_of, write_jsonl, written_whole
+from minitau.episode import BadInput
+from minitau.log import MetricsLog, metrics_of, open_to_append, run_script, whole_lines, write_jsonl, written_whole
 
 
 def test_numbers_that_json_cannot_say_are_null(tmp_path):
@@ -29,6 +33,38 @@ def test_a_resumed_run_drops_the_steps_that_come_again(tmp_path):
     assert len(metrics_of(tmp_path / "metrics.jsonl")) == 5, "only the first rank writes"
     MetricsLog(tmp_path, last_step=3, enabled=True)
     assert [row["step"] for row in metrics_of(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_an_empty_line_is_none_and_moves_no_number(tmp_path):
+    """People empty a line where they were told to remove it."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n\n  \n{"step": 2}\n{"ste')
+    assert [row["step"] for row in metrics_of(path)] == [1, 2]
+    with open_to_append(path) as file:
+        file.write('{"step": 3}\n')
+    assert whole_lines(path) == ['{"step": 1}', '{"step": 2}', '{"step": 3}'], "only the half line goes"
+    for damaged in ("{", "[" * 100_000):
+        path.write_text(f'{{"step": 1}}\n\n{damaged}\n')
+        with pytest.raises(BadInput, match="line 3: not a step's metrics"):
+            metrics_of(path)
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    """As in `python -m minitau.view RUN | head -1`. A broken pipe that is not stdout is one."""
+    many = "import sys; from minitau.log import run_script\n"
+    many += "sys.exit(run_script('x', lambda argv: print('word\\n' * int(argv[0])), sys.argv[1:]))"
+    for lines in ("100000", "3"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", many, lines], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(60) == 128 + signal.SIGPIPE
+        process.stderr.close()
+
+    def broken(argv):
+        raise BrokenPipeError("Broken pipe of a server")
+
+    assert run_script("x", broken, []) == 1
 
 
 def test_a_file_is_whole_or_what_it_was(tmp_path):

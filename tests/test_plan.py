@@ -236,6 +236,21 @@ def test_what_a_cache_that_is_too_small_costs_is_told():
         assert "loses" not in planned(flags, turns).how
 
 
+def test_a_step_draws_no_more_tasks_than_there_are_and_a_run_ends_with_its_episodes():
+    def rounds(flags):
+        return plan.rounds_of(
+            case(f"--gpus 2 --gpu h200 --tasks-per-step 16 --max-rounds 3 {flags}", flat_groups=0.375)
+        )
+
+    assert rounds("") == [16, 6, 3] and rounds("--no-dynamic-sampling") == [16]
+    assert rounds("--tasks 3") == [3] and rounds("--tasks 16") == [16] and rounds("--tasks 18") == [16, 2]
+    few, all = (plan.step_parts(case(f"--gpus 2 --gpu h200 {flags}")) for flags in ("--tasks 3", ""))
+    assert amounts(few)["update"] < amounts(all)["update"] / 4
+    flags = "--gpus 2 --gpu h200 --no-dynamic-sampling --tasks-per-step 16 --group-size 4 --steps 9 --episodes"
+    for episodes, steps in ((1, "1 step"), (64, "1 step"), (65, "2 steps"), (9999, "9 steps")):
+        assert f"; {steps}: " in "\n".join(plan.times(case(f"{flags} {episodes}")))
+
+
 def test_all_wait_for_the_conversation_that_takes_longest(monkeypatch):
     """Of many conversations with one reply each, whose customers take 2 s on average: 2 (1 + 1/2 + ... + 1/n)."""
     monkeypatch.setattr(pace, "PREFILL", math.inf)

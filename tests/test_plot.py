@@ -41,6 +41,16 @@ def test_seeds_are_one_curve_and_other_settings_another(make):
     assert [str(group) for group in plot.groups_of(folders[:1])] == ["a"]
 
 
+def test_groups_with_one_name_are_told_apart_by_their_paths(make):
+    """As in an ablation's folder, whose runs are OUT/SETTING/seed-N/run."""
+    settings = [{}, {"engine_round": 3}, {"engine_round": 3, "importance_cap": 0, "sequence_low": 0}]
+    folders = [
+        make(f"{name}/seed-{seed}/run", seed=seed, **more) for name, more in zip("abc", settings) for seed in (0, 1)
+    ]
+    root = folders[0].parents[2]
+    assert [group.name for group in plot.groups_of(folders)] == [f"{root}/{name}/*/run" for name in "abc"]
+
+
 def test_files_are_known_by_what_they_hold_and_models_by_their_path(make):
     by_file = [make(str(i), seed=i, task_file=f"{i}.jsonl", task_file_sha256=held) for i, held in enumerate("aab")]
     assert [len(group.runs) for group in plot.groups_of(by_file)] == [2, 1]

@@ -19,7 +19,7 @@ from typing import Any
 
 from minitau import catalogue
 from minitau.catalogue import COLUMNS, TEXTS, Entry, Record, Token, Words
-from minitau.log import progress_bar, written_whole
+from minitau.log import finite, progress_bar, written_whole
 
 HERE = Path(__file__).parent
 HEAD, FOOT = (HERE / "page.html").read_text(encoding="utf-8").split("<!-- conversations -->\n")
@@ -28,7 +28,7 @@ HEAD, FOOT = (HERE / "page.html").read_text(encoding="utf-8").split("<!-- conver
 def write(path: Path, title: str, entries: Sequence[Entry], words: Words, settings: Mapping[str, Any]) -> int:
     """Write the page of these episodes, one at a time; its size in bytes. Raises OSError if it cannot be written."""
     style, script = together("page.css"), together("list.js", "reader.js")
-    listed = {"columns": COLUMNS, "texts": TEXTS, "rows": [catalogue.as_row(entry) for entry in entries]}
+    listed = finite({"columns": COLUMNS, "texts": TEXTS, "rows": [catalogue.as_row(entry) for entry in entries]})
     parts = {
         "title": html.escape(title),
         "style": style,
