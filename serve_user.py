@@ -160,7 +160,7 @@ def serve_local(cfg: config.Server) -> None:
     try:
         engine = open_engine(cfg, model, chat.stop_ids)
         server = make_server(cfg, chat, engine)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise BadInput(f"port {cfg.port}: {error}; choose another --port") from None
     say_ready(cfg, [server.server_port])
     with contextlib.suppress(KeyboardInterrupt):  # the way to end it

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.mfu import where
 from minitau import memory, parts, plot, pretrained
+from minitau.episode import BadInput
 from minitau.log import metrics_of, run_script, written_whole
 
 ENDS = 10  # steps at either end of a run
@@ -76,12 +77,23 @@ ADDED = {"real": NOTHING, "tiny": TINY}  # by --shape; of a flag that is there t
 # -- what is run -----------------------------------------------------------------------------------------------
 
 
+def claim(work: Path, told: dict[str, Any]) -> None:
+    """Make a folder that of such a run, and of no other. Raises BadInput if it is another's."""
+    path = work / "learns.json"
+    work.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() and any(work.iterdir()):
+        raise BadInput(f"{work} is not empty and was not made by this command; choose another --work")
+    if path.is_file() and json.loads(path.read_text()) != told:
+        raise BadInput(f"{work} was begun with other flags, or by another commit; choose another --work")
+    with written_whole(path) as scratch:
+        scratch.write_text(json.dumps(told))
+
+
 def learn(args: argparse.Namespace, work: Path) -> None:
     """Model, demonstrations, SFT and GRPO, each in its place in `work` and unless it is there. Raises BadInput if one
     fails."""
     recipe, added, seed = RECIPES[args.world], ADDED[args.shape], f"--seed {args.seed}"
     model, data, sft, grpo = work / "model", work / "demonstrations.jsonl", work / "sft", work / "grpo"
-    work.mkdir(parents=True, exist_ok=True)
     if not (model / "config.json").is_file():
         python("-m", "minitau.tiny", "--out", model, flags=(recipe.world, recipe.model, added.model, seed))
     if not data.is_file():
@@ -145,10 +157,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--shape", choices=ADDED, default="real")
     args = parser.parse_args(argv)
     work = Path(args.work).resolve()
+    told = {name: getattr(args, name) for name in ("world", "shape", "ranks", "seed")} | {"commit": parts.commit()}
+    claim(work, told)
     learn(args, work)
     plot.draw(work / "curve.png", plot.groups_of([work / "grpo"]))
-    told = {name: getattr(args, name) for name in ("world", "shape", "ranks", "seed")}
-    print(json.dumps({**told, **where(), "commit": parts.commit(), **report(work)}, indent=1))
+    print(json.dumps({**told, **where(), **report(work)}, indent=1))
 
 
 if __name__ == "__main__":

@@ -242,7 +242,9 @@ def main(argv: list[str]) -> None:
     own, more = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = parser.parse_args(own)
     work = Path(args.work).resolve()
-    model, out = work / "model", work / "run"
+    model, out = work / f"model-{args.shape}", work / "run"
+    if out.exists():
+        raise BadInput(f"{out} is another run's, whose steps would be taken for this one's; choose another --work")
     start = time.perf_counter()
     result: dict[str, Any] = {"shape": args.shape, **where(), "ranks": args.ranks}
     if not (model / "config.json").is_file():

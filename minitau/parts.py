@@ -3,6 +3,7 @@ left running."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -81,6 +82,8 @@ def play(parts: Sequence[Part], logs: Path, jobs: int, cwd: Path = ROOT) -> list
                 os.killpg(process.pid, signal.SIGTERM)  # also to the scripts that it runs
         for process, _ in running.values():
             end(process)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it runs may not have heard
 
 
 def run(command: Sequence[str], to: TextIO | None = None, **environment: str) -> None:

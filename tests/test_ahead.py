@@ -97,6 +97,7 @@ def test_which_server_a_rank_asks(monkeypatch):
     assert hosts(("0", "1"), 1, takes_weights=False, tp=2) == [0]
     for gpus, ranks, takes_weights, tp, said in (
         (("4", "3"), 4, True, 1, "GPUs 0 to 3 are for the 4 ranks"),
+        (("4", "03"), 4, True, 1, "GPUs 0 to 3 are for the 4 ranks"),
         (("4", "5"), 1, True, 1, "names 2 GPUs for 1 ranks"),
         (("4",), 2, False, 1, "names 1 GPUs for 2 ranks"),
         (("4", "5", "6"), 4, True, 2, "each server needs --engine-tp 2 GPUs that follow each other"),

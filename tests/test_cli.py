@@ -228,6 +228,13 @@ def test_a_command_with_a_quote_too_many(capsys, tmp_path, tiny_dir):
     flags = ("--stage", "grpo", "--model", tiny_dir, "--out", tmp_path / "run", "--engine", "sglang", "--no-screen")
     line = refused(capsys, train.main, *flags, "--dtype", "bfloat16", "--engine-command", "sglang '")
     assert '--engine-command "sglang \'": no closing quotation' in line
+    for own in ("sglang --port 30000", "sglang --host=0.0.0.0"):
+        line = refused(capsys, train.main, *flags, "--dtype", "bfloat16", "--engine-command", own)
+        assert "which is chosen here: servers listen on loopback only" in line
+    for url in ("http://[::1:30000", "http://.gpu1:30000", "http://gpu1:port", "http://", "https://gpu1:30000", "gpu1"):
+        line = refused(capsys, train.main, *flags, "--dtype", "bfloat16", "--engine-url", url)
+        assert f"--engine-url {url}: http://HOST:PORT is needed" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_lost_its_checkpoints_does_not_start_over(capsys, tmp_path, tiny_dir, data):

@@ -10,6 +10,7 @@ from conftest import FAKE_SGLANG, FOR_THE_FAKE
 
 from benchmarks import learns
 from minitau import parts
+from minitau.episode import BadInput
 
 
 @pytest.fixture
@@ -50,6 +51,11 @@ def test_a_model_goes_from_random_weights_to_a_curve(tmp_path, commands, capsys)
     commands.clear()
     learns.main(words)
     assert not commands and json.loads(capsys.readouterr().out) == found, "what is done was done again"
+    for other in (["retail", *words[1:]], [*words, "--seed", "4"], [*words, "--ranks", "2"]):
+        with pytest.raises(BadInput, match="was begun with other flags"):
+            learns.main(other)
+    with pytest.raises(BadInput, match="was not made by this command"):
+        learns.main([*words, "--work", str(tmp_path / "grpo")])
 
 
 def test_the_rise_of_a_line_and_its_interval():

@@ -31,8 +31,8 @@ from test_engine import STOP, error_of, some_ids
 
 from minitau import checkpoint, config, parallel, pretrained, probe
 from minitau.chat import load_chat
+from minitau.engines import handover, upkeep
 from minitau.engines import server as server_module
-from minitau.engines import upkeep
 from minitau.engines.handover import ALIGN, BUCKET_BYTES, Broadcaster, buckets, serialize
 from minitau.engines.server import NoAnswer, Server, free_port, request
 from minitau.engines.sglang import SGLangEngine, read_completion
@@ -492,7 +492,7 @@ def test_the_probe_counts_on_every_rank_and_nan_is_no_small_number(policy, monke
         probe.sync(engine, run, cfg, 3)
 
 
-def test_two_servers_that_die_at_once_are_one_death_each(mortal):
+def test_a_server_that_dies_while_another_is_announced_is_one_death(mortal):
     # While a worker starts the server, another rank's announcement makes this thread look after weights.
     def kill_and_announce():
         os.kill(child_of(mortal.server), signal.SIGKILL)
@@ -510,6 +510,35 @@ def test_servers_of_four_ranks_that_die_at_once_hold_nobody_up(tmp_path):
     for rank in range(4):
         versions, announced, answered = json.loads((tmp_path / f"rank-{rank}.json").read_text())
         assert versions == [1, 2, 3, 4] and announced == answered == 16
+
+
+def test_deaths_far_apart_are_not_in_a_row():
+    age = upkeep.LONG_LIFE + 2.0
+    server = SimpleNamespace(name="a server", age=lambda: age, start=lambda *_, **__: None, close=lambda: None)
+    server.last_words = lambda: "nothing"
+    mine = upkeep.Upkeep(server, "", None, takes_weights=True, timeout=1.0)
+    for life in range(2 * upkeep.DEATHS):
+        mine.mend(life, "no kernel image")
+    assert (mine.life, mine.deaths) == (2 * upkeep.DEATHS, 1)
+
+
+def test_a_port_that_a_run_waits_for_is_given_to_no_other(monkeypatch):
+    """A server binds its port a minute after it was chosen."""
+    monkeypatch.setattr("minitau.engines.server.PORTS", (23_450, 23_452))
+    (first, kept), (second, also) = free_port(), free_port()
+    assert {first, second} == {23_450, 23_451}
+    kept.close()
+    third, more = free_port()
+    assert third == first
+    for each in (also, more):
+        each.close()
+
+
+def test_calls_that_end_all_at_once(monkeypatch):
+    """Between looking for one that goes on and waiting for it the last one may end."""
+    alive = iter([True])
+    monkeypatch.setattr(threading.Thread, "is_alive", lambda thread: next(alive, False))
+    assert len(handover.at_once([lambda: None] * 3)) == 3
 
 
 def test_who_hangs_because_another_died_does_not_die_itself(monkeypatch):
@@ -669,7 +698,7 @@ def test_a_reply_whose_last_token_allowed_is_its_stop_token_is_whole():
 
 
 def test_a_dead_address_is_one_clear_line():
-    port = free_port()
+    port, _kept = free_port()
     with pytest.raises(EngineError, match=f"no healthy server at http://127.0.0.1:{port}; start it"):
         SGLangEngine(None, STOP, url=f"http://127.0.0.1:{port}/", vocab_size=97, max_context=99, dtype=torch.float32)
     with pytest.raises(NoAnswer):

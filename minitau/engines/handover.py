@@ -242,8 +242,10 @@ def at_once(calls: Sequence[Callable[[], Any]]) -> list[str]:
     for thread in threads:
         thread.start()
     deadline = None
-    while any(thread.is_alive() for thread in threads) and (deadline is None or time.monotonic() < deadline):
-        next(thread for thread in threads if thread.is_alive()).join(0.002)
+    while alive := [thread for thread in threads if thread.is_alive()]:
+        alive[0].join(0.002)
+        if deadline and time.monotonic() >= deadline:
+            break
         if deadline is None and any(problems):
             deadline = time.monotonic() + GRACE
     return [IN_VAIN if problem is None else problem for problem in problems]

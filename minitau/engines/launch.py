@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -73,7 +74,7 @@ def check(cfg: Any, takes_weights: bool) -> None:
     """Raise BadInput for settings with which no server can be had. Costs nothing: ask before a folder is claimed."""
     if parallel.device().type == "cuda" and cfg.dtype == "float32":
         raise BadInput("SGLang's CUDA kernels compute in half precision only: --engine sglang needs --dtype bfloat16")
-    if bad := [url for url in cfg.engine_url if not url.startswith("http://")]:
+    if bad := [url for url in cfg.engine_url if not is_address(url)]:
         raise BadInput(f"--engine-url {bad[0]}: http://HOST:PORT is needed")
     urls, ranks = len(cfg.engine_url), parallel.world_size()
     if urls and (urls != ranks if takes_weights else urls > ranks):
@@ -83,6 +84,15 @@ def check(cfg: Any, takes_weights: bool) -> None:
         check_tp(cfg.engine_tp, 0 if cfg.engine_gpus else parallel.world_size(), read_config(cfg.model))
     if not cfg.engine_url and host_of_rank(cfg, takes_weights) in (None, parallel.rank()):
         launch_command(cfg, 0, takes_weights)
+
+
+def is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        (parts.hostname or "").encode("idna")  # as a connection will have it
+        return parts.scheme == "http" and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def check_tp(tp: int, ranks: int, shape: ModelConfig) -> None:
@@ -114,8 +124,7 @@ def host_of_rank(cfg: Any, takes_weights: bool) -> int | None:
     if not cfg.engine_gpus:
         return parallel.rank() // cfg.engine_tp * cfg.engine_tp if cfg.engine_tp > 1 else None
     gpus, tp, ranks = cfg.engine_gpus, cfg.engine_tp, parallel.world_size()
-    mine = {str(rank) for rank in range(ranks)} & set(gpus) if takes_weights else set()
-    if mine:
+    if takes_weights and set(range(ranks)) & set(map(int, gpus)):
         raise BadInput(
             f"--engine-gpus {','.join(gpus)}: GPUs 0 to {ranks - 1} are for the {ranks} ranks that train; name others"
         )
@@ -159,7 +168,7 @@ def launch_command(cfg: Any, port: int, takes_weights: bool) -> list[str]:
 def command_line(start: str, flags: dict[str, Any], switches: Sequence[str]) -> list[str]:
     """`start`, or this Python's SGLang, with those of the flags that `start` does not hold already.
 
-    Raises BadInput if SGLang is not installed.
+    Raises BadInput if SGLang is not installed, and for an address of its own.
     """
     if not start and importlib.util.find_spec("sglang") is None:
         raise BadInput(
@@ -171,5 +180,7 @@ def command_line(start: str, flags: dict[str, Any], switches: Sequence[str]) -> 
     except ValueError as error:
         raise BadInput(f"--engine-command {start!r}: {str(error).lower()}; it must be a command of a shell") from None
     theirs = {word.partition("=")[0] for word in words}
+    if taken := theirs & {"--host", "--port"} & flags.keys():
+        raise BadInput(f"--engine-command names {min(taken)}, which is chosen here: servers listen on loopback only")
     ours = [(flag, str(value)) for flag, value in flags.items() if flag not in theirs]
     return [*words, *(word for pair in ours for word in pair), *(each for each in switches if each not in theirs)]

@@ -68,7 +68,7 @@ def request(url: str, body: Any = None, *, timeout: float) -> Any:
                 said = reply.read()
         except urllib.error.HTTPError as error:
             raise Refused(error.code, error.read().decode("utf-8", "replace")) from None
-    except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut in half
+    except (OSError, http.client.HTTPException, ValueError) as error:  # refused, reset, timed out, cut in half; no URL
         reason = getattr(error, "reason", error)  # urllib wraps what happens before the request is out
         raise NoAnswer(f"{type(reason).__name__}: {reason}", isinstance(reason, TimeoutError)) from None
     try:
@@ -86,10 +86,18 @@ def healthy(url: str) -> bool:
     return True
 
 
-def free_port() -> int:
-    """A port that nobody listens on now, drawn by lot: a server takes a minute to bind it, and meanwhile another
-    rank or run must not find the same one."""
-    return next(port for port in iter(lambda: random.randrange(*PORTS), None) if not port_is_taken(port))
+def free_port() -> tuple[int, socket.socket]:
+    """A port that nobody listens on, drawn by lot, and what keeps it for us among all runs of this host until it is
+    closed: a server takes a minute to bind its port, and whoever else found it would take our server for its own."""
+    while True:
+        port, kept = random.randrange(*PORTS), socket.socket(socket.AF_UNIX)
+        try:
+            kept.bind(f"\0minitau-port-{port}")  # a name without a file, which goes with its process
+            if not port_is_taken(port):
+                return port, kept
+        except OSError:
+            pass  # it is another run's
+        kept.close()
 
 
 def port_is_taken(port: int) -> bool:
@@ -124,6 +132,7 @@ class Server:
         self.command, self.log, self.name = command, log, name
         self.environment = environment or {}
         self.wanted_port = self.port = port
+        self.kept_port: socket.socket | None = None
         self.process: subprocess.Popen | None = None
         self.started = time.monotonic()
 
@@ -136,7 +145,8 @@ class Server:
 
         Raises EngineError with the last lines of its log if it dies or does not become healthy.
         """
-        self.port = self.wanted_port or free_port()
+        if not self.wanted_port:
+            self.port, self.kept_port = free_port()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(NOT_FOR_SERVERS)}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "a", encoding="utf-8") as file:
@@ -187,6 +197,7 @@ class Server:
     def close(self) -> None:
         """Take it down with all its children. Does nothing if it is down."""
         process, self.process = self.process, None  # first: another thread may be closing it as well
+        kept, self.kept_port = self.kept_port, None
         if process is None:
             return
         with contextlib.suppress(OSError):
@@ -196,3 +207,5 @@ class Server:
         except subprocess.TimeoutExpired:
             process.kill()  # takes the server along
             process.wait()
+        if kept:
+            kept.close()
