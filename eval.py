@@ -43,8 +43,7 @@ def evaluate(cfg: config.Evaluation) -> tuple[list[dict[str, Any]], list[Traject
     tasks = for_evaluation(cfg, world)
     policy = open_policy(cfg) if cfg.agent == "policy" else None
     folder = Path(cfg.out)
-    settings = {"script": "eval.py", **dataclasses.asdict(cfg), **fingerprint(cfg)}
-    claim_run_dir(cfg.out, cfg.resume, settings, cfg.model if policy else "")
+    claim_run_dir(cfg, {"script": "eval.py", **fingerprint(cfg)}, cfg.model if policy else "")
     start = time.perf_counter()
     rows = []
     for floor in FLOORS if policy and cfg.floors else ():

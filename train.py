@@ -39,6 +39,7 @@ from minitau.run import (
     open_chat,
     open_reference,
     open_run,
+    round_file,
     save,
     save_trajectories,
     say,
@@ -88,6 +89,8 @@ def train_grpo(cfg: config.GRPO) -> None:
     chosen = for_training(cfg, world, say)
     run = open_run("grpo", cfg, keeps=("curriculum", "episodes"), **fingerprint(cfg))
     tasks = screened(cfg, chosen, world, run)
+    if len(tasks) < cfg.tasks_per_step:
+        say(f"there are {len(tasks)} tasks only: a step has so many instead of --tasks-per-step {cfg.tasks_per_step}")
     curriculum = Curriculum(tasks, seed=cfg.seed, enabled=cfg.curriculum)
     if run.state:
         curriculum.load_state_dict(run.state["curriculum"])
@@ -335,9 +338,11 @@ def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Seq
     groups = []
     run.log.start("collecting", len(rounds), len(list((run.dir / "collected").glob("round-*.jsonl"))))
     for number, tasks in enumerate(rounds, 1):
-        path = run.dir / "collected" / f"round-{number:04d}.jsonl"
+        path = round_file(run.dir, number)
         jobs = rollout.group_jobs(tasks, cfg.samples)
         if not path.is_file():
+            if run.step:
+                raise BadInput(f"{path} is gone. {TRAINED_SINCE}")
             stage = stage or rollout.open_stage(cfg, world, open_engine(cfg, run.model, run.chat.stop_ids), run.chat)
             clock = Clock()
             with clock.phase("sync"):  # also forgets cached prefixes: a round repeats bit for bit
@@ -352,7 +357,7 @@ def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Seq
                 path.parent.mkdir(exist_ok=True)
                 write_jsonl(path, (t.to_json() for t in played))
             parallel.barrier()
-        advice = f"remove {path.name}, and --resume plays that round again"
+        advice = TRAINED_SINCE if run.step else f"remove {path.name}, and --resume plays that round again"
         played = report.episodes_of(path, advice)
         if [(t.task, t.sample) for t in played] != jobs:
             raise BadInput(f"{path}: these are not the {len(jobs)} episodes of its round; {advice}")
@@ -361,6 +366,9 @@ def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Seq
     if stage:
         stage.engine.close()
     return groups
+
+
+TRAINED_SINCE = "The model has been trained since, and cannot play that round again: choose another --out to start over"
 
 
 def report_kept(run: Run, groups: Sequence[Sequence[Trajectory]], kept: Sequence[Trajectory]) -> None:

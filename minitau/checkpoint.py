@@ -29,6 +29,10 @@ from minitau.model import Qwen3
 from minitau.pretrained import CheckpointError
 
 
+class NotWritten(OSError):
+    """A checkpoint could not be written: a full disk, most often."""
+
+
 class Writing(threading.Thread):
     """A checkpoint on its way to the disk. All ranks write, each in such a thread.
 
@@ -69,7 +73,7 @@ def begin(
 ) -> None:
     """Begin to write the checkpoint of `step`, which in the end drops all but the newest `keep`.
 
-    Until `wait_until_copied`, neither weights nor optimizer may change. Raises CheckpointError for the one before.
+    Until `wait_until_copied`, neither weights nor optimizer may change. Raises NotWritten for the one before.
     """
     finish()
     shards = parallel.state_of(model, optimizer)
@@ -105,12 +109,12 @@ def copy_fits(model: Qwen3) -> bool:
 
 def wait_until_copied() -> None:
     """Wait until weights and optimizer may change: what `begin` began is in the host's memory, or on the disk where
-    that is too small. All ranks do it together. Raises CheckpointError, as `finish`, if it has failed by then."""
+    that is too small. All ranks do it together. Raises NotWritten, as `finish`, if it has failed by then."""
     if not UNDER_WAY:
         return
     writing = UNDER_WAY[0]
     writing.copied.wait()
-    alone = writing.problem and not isinstance(writing.problem, CheckpointError)  # the other ranks do not hear of it
+    alone = writing.problem and not isinstance(writing.problem, NotWritten)  # the other ranks do not hear of it
     if alone or all(parallel.gather(not writing.is_alive())):
         finish()
 
@@ -118,7 +122,7 @@ def wait_until_copied() -> None:
 def finish() -> Path | None:
     """Wait for what `begin` began, if it did: the checkpoint that is now whole.
 
-    Raises CheckpointError, when what was half written has been removed, if the disk is full; the
+    Raises NotWritten, when what was half written has been removed, if the disk is full; the
     earlier checkpoints are untouched.
     """
     if not UNDER_WAY:
@@ -153,9 +157,8 @@ def write(run_dir: Path, step: int, fill: Callable[[Path], None], keep: int) -> 
     if problems := [p for p in gather(problem) if p]:
         if parallel.is_main():
             shutil.rmtree(scratch, ignore_errors=True)
-        kept = latest(run_dir)
-        advice = f"free some space and go on from {kept} with --resume" if kept else "free some space"
-        raise CheckpointError(f"checkpoint of step {step} was not written ({problems[0]}); {advice}")
+        advice = f"free some space and go on from {latest(run_dir) or 'the start'} with --resume"
+        raise NotWritten(f"checkpoint of step {step} was not written ({problems[0]}); {advice}")
     if parallel.is_main():
         if place.exists():  # a resumed run came by the same step again
             shutil.rmtree(place)

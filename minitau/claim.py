@@ -24,6 +24,7 @@ FREE_ON_RESUME = {
     "concurrency",
     "user_api_base",
     "task_file",  # its content is recorded, and may not change
+    "data",  # likewise
     "floors",
     "engine_command",
     "engine_url",
@@ -40,19 +41,20 @@ FREE_ON_RESUME = {
 SHOWN = 5  # settings that differ are named, of what may be dozens
 
 
-def claim_run_dir(out: str, resume: bool, settings: dict[str, Any]) -> Path:
-    """Make `out` the folder of this run and record its settings there.
+def claim_run_dir(out: str, resume: bool, settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Make `out` the folder of this run and record its settings there; those that it had there before, if any.
 
-    Raises BadInput if it holds another run, or this one and `resume` was not asked for.
+    defaults: of settings that a run of earlier code does not know. Raises BadInput if `out` holds another run, or this
+    one and `resume` was not asked for.
     """
     folder = Path(out)
-    path = folder / "config.json"
+    path, before = folder / "config.json", {}
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{out} is a file; --out must be a folder")
     if path.is_file():
         before = read_settings(path)
-        now = json.loads(json.dumps(settings))
-        if different := difference(before, now):
+        known, now = (json.loads(json.dumps(each)) for each in ({**defaults, **before}, settings))
+        if different := difference(known, now):
             raise BadInput(f"{out} holds {different}")
         if not resume:
             raise BadInput(f"{out} holds this run already; add --resume to go on, or choose another --out")
@@ -65,7 +67,7 @@ def claim_run_dir(out: str, resume: bool, settings: dict[str, Any]) -> Path:
         scratch = path.with_suffix(".tmp")
         scratch.write_text(json.dumps(settings, indent=1))
         scratch.replace(path)
-    return folder
+    return before
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
+import itertools
 import json
 import math
 import os
@@ -105,48 +107,59 @@ def nobody_reads() -> bool:
     return gone
 
 
+def check_log(wandb: bool, tensorboard: bool) -> None:
+    """Raise BadInput for a log that is asked for and not installed."""
+    for package, asked in (("wandb", wandb), ("tensorboard", tensorboard)):
+        if asked and importlib.util.find_spec(package) is None:
+            raise BadInput(f"--{package}: it is not installed; pip install {package}")
+
+
 class MetricsLog:
-    """Appends to RUN/metrics.jsonl; on a resumed run first drops the lines after `last_step`.
+    """Appends to RUN/metrics.jsonl; on a resumed run first drops the lines of steps that are not `done`.
 
     Those steps will be run again, and a step must not stand there twice. Ranks other than the
     first pass enabled=False and write nothing.
     """
 
-    def __init__(self, run_dir: Path, *, last_step: int, enabled: bool, wandb: bool = False, tensorboard: bool = False):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        done: Callable[[int], bool],
+        enabled: bool,
+        wandb: bool = False,
+        tensorboard: bool = False,
+    ):
         self.path = run_dir / "metrics.jsonl"
         self.enabled = enabled
         self.bar = progress_bar("", None, "step", shown=False)
         self.wandb = self.tensorboard = None
         if not enabled:
             return
-        kept = [row for row in metrics_of(self.path) if row["step"] <= last_step]
+        kept = [row for row in metrics_of(self.path) if done(row["step"])]
         write_jsonl(self.path, kept)
-        try:
-            if wandb:
-                import wandb as module
+        if wandb:
+            import wandb as module
 
-                known = run_dir / "wandb_id"  # by which a resumed run goes on as the same one
-                if not known.is_file():
-                    known.write_text(uuid.uuid4().hex)
-                self.wandb = module.init(
-                    project="minitau",
-                    name=run_dir.name,
-                    dir=str(run_dir),
-                    id=known.read_text(),
-                    resume="allow",
-                    config=json.loads((run_dir / "config.json").read_text()),
-                )
-                # Of W&B's own steps those that come again, after a run was killed, would be lost.
-                self.wandb.define_metric("*", step_metric="step")
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+            known = run_dir / "wandb_id"  # by which a resumed run goes on as the same one
+            if not known.is_file():
+                known.write_text(uuid.uuid4().hex)
+            self.wandb = module.init(
+                project="minitau",
+                name=run_dir.name,
+                dir=str(run_dir),
+                id=known.read_text(),
+                resume="allow",
+                config=json.loads((run_dir / "config.json").read_text()),
+            )
+            # Of W&B's own steps those that come again, after a run was killed, would be lost.
+            self.wandb.define_metric("*", step_metric="step")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
-                # Steps after `last_step` come again: what is there of them is not shown.
-                self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)
-        except ImportError as error:
-            raise BadInput(
-                f"--{'tensorboard' if self.wandb or not wandb else 'wandb'}: {error}; pip install it"
-            ) from None
+            # What is there of a step that comes again, and of those after it, is not shown.
+            again = next(step for step in itertools.count(1) if not done(step))
+            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=again)
 
     def start(self, what: str, total: int, done: int) -> None:
         """Show a bar of `total` steps, `done` of them behind us."""

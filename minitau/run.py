@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from minitau import batch, checkpoint, claim, config, memory, parallel, pretrain
 from minitau.attention import has_kernel, packed_attention
 from minitau.chat import Chat, load_chat
 from minitau.episode import BadInput, Trajectory
-from minitau.log import MetricsLog, metrics_of, write_jsonl
+from minitau.log import MetricsLog, check_log, metrics_of, write_jsonl
 from minitau.model import Qwen3
 
 
@@ -43,31 +44,42 @@ def open_run(stage: str, cfg: config.Training, keeps: Sequence[str] = (), **also
     `keeps`: what its checkpoints' state holds beside the step. `also`: what else makes the run what it is, recorded
     with its settings.
     """
+    check_log(cfg.wandb, cfg.tensorboard)
     chat = open_chat(cfg.model, cfg.dialect)
     model = pretrained.load_model(cfg.model)
     folder = Path(cfg.out)
     chat.check_vocabulary(model.cfg.vocab_size)
-    claim_run_dir(cfg.out, cfg.resume, {"stage": stage, **dataclasses.asdict(cfg), **also}, cfg.model)
+    before = claim_run_dir(cfg, {"stage": stage, **also}, cfg.model)
     spread(model, cfg)
     optimizer = adamw(model, cfg)
     state = checkpoint.load(folder, model, optimizer, keeps) if cfg.resume else None
     step = state["step"] if state is not None else 0
     logged = max(step, len(list((folder / "collected").glob("round-*.jsonl"))))  # RFT counts its rounds as steps
     if state is None:
-        require_no_lost_checkpoint(folder, logged + 2 * cfg.save_every)  # the second waits until the first is written
-    log = MetricsLog(folder, last_step=logged, enabled=parallel.is_main(), wandb=cfg.wandb, tensorboard=cfg.tensorboard)
+        every = max(cfg.save_every, before.get("save_every", 0))
+        require_no_lost_checkpoint(folder, logged + 2 * every)  # the second waits until the first is written
+
+    def done(number: int) -> bool:
+        return number <= step or round_file(folder, number).is_file()
+
+    log = MetricsLog(folder, done=done, enabled=parallel.is_main(), wandb=cfg.wandb, tensorboard=cfg.tensorboard)
     if cfg.resume:
         say(f"{cfg.out}: going on after step {logged}" if logged else f"{cfg.out}: nothing to resume, starting")
     return Run(folder, chat, model, optimizer, log, step, state)
+
+
+def round_file(folder: Path, number: int) -> Path:
+    """Where RFT keeps the episodes of a round, the first of which is 1."""
+    return folder / "collected" / f"round-{number:04d}.jsonl"
 
 
 def require_no_lost_checkpoint(folder: Path, most: int) -> None:
     """Raise BadInput if a run without checkpoints has done more than `most` steps, for then it had some: to start over
     would drop what it logged."""
     steps = [row["step"] for row in metrics_of(folder / "metrics.jsonl")]
-    if steps and steps[-1] > most:
+    if steps and max(steps) > most:
         raise BadInput(
-            f"{folder} has the metrics of {steps[-1]} steps and no checkpoint to go on from; choose another --out, or "
+            f"{folder} has the metrics of {max(steps)} steps and no checkpoint to go on from; choose another --out, or "
             "remove the folder to start over"
         )
 
@@ -78,17 +90,22 @@ def open_chat(model_dir: str, dialect: str) -> Chat:
     return load_chat(model_dir, dialect)
 
 
-def claim_run_dir(out: str, resume: bool, settings: dict, model_dir: str = "") -> None:
-    """claim.claim_run_dir by the first rank, with what the model's files hold; all ranks raise what it raises."""
-    problem = ""
+def claim_run_dir(cfg: Any, also: dict[str, Any], model_dir: str = "") -> dict[str, Any]:
+    """claim.claim_run_dir by the first rank, with the settings, what goes with them, and what the model's files hold;
+    all ranks raise what it raises, and get what it returns."""
+    problem, before = "", {}
     if parallel.is_main():
         try:
             held = {"model_sha256": pretrained.model_sha256(Path(model_dir))} if model_dir else {}
-            claim.claim_run_dir(out, resume, {**settings, **held})
+            defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
+            settings = {**dataclasses.asdict(cfg), **also, **held}
+            before = claim.claim_run_dir(cfg.out, cfg.resume, settings, defaults)
         except (BadInput, OSError) as error:
             problem = str(error)
-    if problem := parallel.from_main(problem):
+    problem, before = parallel.from_main((problem, before))
+    if problem:
         raise BadInput(problem)
+    return before
 
 
 def open_reference(cfg: config.Training) -> Qwen3:
@@ -186,9 +203,15 @@ def export(run: Run) -> None:
     if parallel.is_main():
         scratch, place = run.dir / ".model.tmp", run.dir / "model"
         shutil.rmtree(scratch, ignore_errors=True)
-        shutil.copytree(checkpoint.latest(run.dir) / "model", scratch)
-        shutil.rmtree(place, ignore_errors=True)
-        scratch.rename(place)
+        try:
+            scratch.mkdir()
+            for file in (checkpoint.latest(run.dir) / "model").iterdir():
+                shutil.copy2(file, scratch)
+            shutil.rmtree(place, ignore_errors=True)
+            scratch.rename(place)
+        except OSError:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
     parallel.barrier()
     say(f"the trained model is in {run.dir / 'model'}")
 

@@ -134,12 +134,13 @@ def train_steps(run: runs.Run, reference, steps) -> list[dict[str, float]]:
 def take_all(name: str, n: int) -> list[int]:
     """Everything that this rank's threads got from a queue."""
     queue, taken, lock = parallel.SharedQueue(name, n), [], threading.Lock()
-    parallel.barrier()  # on a busy machine one rank could have them all before the other comes
+    parallel.barrier()
 
     def work():
         while (index := queue.take()) is not None:
             with lock:
                 taken.append(index)
+            time.sleep(0.005)  # as an episode would take: else one rank could have them all on a busy machine
 
     threads = [threading.Thread(target=work) for _ in range(THREADS)]
     for thread in threads:
@@ -198,7 +199,7 @@ def full_disk_on(rank: int, folder: Path) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
         save(run, folder, 9)
-    except pretrained.CheckpointError as error:
+    except checkpoint.NotWritten as error:
         return str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -216,7 +217,7 @@ def lost_model_file(folder: Path) -> str:
     pretrained.save_model = refuse
     try:
         save(run, folder, 9)
-    except pretrained.CheckpointError as error:
+    except checkpoint.NotWritten as error:
         return str(error)
     finally:
         pretrained.save_model = write

@@ -359,7 +359,7 @@ def test_a_failure_is_known_before_the_next_change_of_the_weights(tmp_path):
     (tmp_path / "checkpoints").write_text("a file is where the folder goes")
     begin(tmp_path, 1, net, optimizer)
     checkpoint.UNDER_WAY[0].join()
-    with pytest.raises(CheckpointError, match="step 1 was not written"):
+    with pytest.raises(checkpoint.NotWritten, match="step 1 was not written"):
         checkpoint.wait_until_copied()
     checkpoint.wait_until_copied()  # nothing is under way any more
 
@@ -429,7 +429,7 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(tmp_path, what)
     save(tmp_path, 1, net, optimizer)
     weights = copy_of(net)
     train_steps(net, optimizer, [1])
-    with files_of_at_most(limit), pytest.raises(CheckpointError) as refusal:
+    with files_of_at_most(limit), pytest.raises(checkpoint.NotWritten) as refusal:
         save(tmp_path, 2, net, optimizer, state=state)
     text = str(refusal.value)
     assert "\n" not in text and len(text) < 400
@@ -444,9 +444,9 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(tmp_path, what)
 
 def test_a_full_disk_at_the_first_checkpoint(tmp_path):
     net, optimizer = new_run()
-    with files_of_at_most(20_000), pytest.raises(CheckpointError, match="free some space") as refusal:
+    with files_of_at_most(20_000), pytest.raises(checkpoint.NotWritten) as refusal:
         save(tmp_path, 1, net, optimizer)
-    assert "--resume" not in str(refusal.value)  # there is nothing to go on from
+    assert "free some space and go on from the start with --resume" in str(refusal.value)
     assert checkpoint.latest(tmp_path) is None
 
 
@@ -461,7 +461,7 @@ def test_a_full_disk_under_the_model_files(tmp_path, monkeypatch, sharded):
 def test_a_folder_that_cannot_be_made(tmp_path):
     net, optimizer = new_run()
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    with pytest.raises(CheckpointError, match="step 1 was not written") as refusal:
+    with pytest.raises(checkpoint.NotWritten, match="step 1 was not written") as refusal:
         save(tmp_path, 1, net, optimizer)
     assert "\n" not in str(refusal.value)
 

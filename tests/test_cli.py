@@ -29,7 +29,7 @@ import train
 from minitau import ablate, claim, cli, config, demo, plot, sft, study, tasks, tiny, view
 from minitau.base import pretrain
 from minitau.episode import BadInput
-from minitau.log import run_script
+from minitau.log import metrics_of, run_script
 
 ROOT = Path(__file__).parent.parent
 
@@ -190,6 +190,49 @@ def test_other_weights_under_the_same_name_are_another_run(capsys, tmp_path, tin
     assert "model_sha256" in json.loads((out / "config.json").read_text())
 
 
+def test_a_run_goes_on_with_its_data_elsewhere_and_settings_that_came_later(capsys, tmp_path, tiny_dir, data):
+    out = tmp_path / "run"
+    flags = ["--stage", "sft", "--model", str(tiny_dir), "--out", str(out), "--epochs", "1", "--resume", "--data"]
+    assert run_script("train", train.main, [*flags, str(data)]) == 0
+    moved = data.rename(tmp_path / "moved.jsonl")
+    settings = json.loads((out / "config.json").read_text())
+    del settings["max_refused"]  # as of code that did not have it
+    (out / "config.json").write_text(json.dumps(settings))
+    capsys.readouterr()
+    assert "max_refused (0.1, now 0.5)" in refused(capsys, train.main, *flags, moved, "--max-refused", 0.5)
+    assert run_script("train", train.main, [*flags, str(moved)]) == 0
+    assert json.loads((out / "config.json").read_text())["max_refused"] == 0.1
+    moved.write_text(moved.read_text() * 2)
+    capsys.readouterr()
+    assert "what --data holds" in refused(capsys, train.main, *flags, moved)
+
+
+def test_a_log_that_is_not_installed(capsys, monkeypatch, tmp_path, tiny_dir, data):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for package in ("wandb", "tensorboard"):
+        flags = ("--stage", "sft", "--model", tiny_dir, "--data", data, "--out", tmp_path / "run", f"--{package}")
+        line = refused(capsys, train.main, *flags)
+        assert f"--{package}: it is not installed; pip install {package}" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_room_for_the_model_at_the_end_of_a_run(capsys, monkeypatch, tmp_path, tiny_dir, data):
+    """It is written by --resume, from the last checkpoint; nothing that is half there stays."""
+    out = tmp_path / "run"
+    flags = f"--stage sft --model {tiny_dir} --data {data} --out {out} --epochs 1 --resume".split()
+
+    def full(source, to):
+        (to / source.name).touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(to / source.name))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copy2", full)
+        assert run_script("train", train.main, flags, resume="the same command with --resume goes on") == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left" in line and "; free some space, then the same command with --resume goes on" in line
+    assert not list(out.glob("*model*")) and run_script("train", train.main, flags) == 0 and (out / "model").is_dir()
+
+
 def test_what_a_run_wrote_is_damaged(capsys, tmp_path, tiny_dir):
     out = tmp_path / "run"
     flags = ("--stage", "rft", "--model", tiny_dir, "--out", out, "--tasks", 1, "--round-tasks", 2, "--samples", 2)
@@ -203,7 +246,11 @@ def test_what_a_run_wrote_is_damaged(capsys, tmp_path, tiny_dir):
 
     path = out / "collected" / "round-0001.jsonl"
     whole = path.read_bytes()
+    path.unlink()
+    assert f"{path} is gone. The model has been trained since, and cannot play that round again" in resumed()
     path.write_bytes(whole[:-300])  # a last line that is not whole is none
+    assert "these are not the 2 episodes of its round; The model has been trained since" in resumed()
+    shutil.rmtree(out / "checkpoints")
     count = whole.count(b"\n")
     said = f"{path}: these are not the {count} episodes of its round; remove {path.name}, and --resume plays that round"
     assert said in resumed()
@@ -213,6 +260,28 @@ def test_what_a_run_wrote_is_damaged(capsys, tmp_path, tiny_dir):
     screened = out / "screened.json"
     screened.write_text("[")
     assert f"{screened}: damaged" in resumed()
+
+
+def test_a_round_that_is_gone_is_played_again_and_no_other(tmp_path, tiny_dir):
+    """And stands in the metrics once, as the others do."""
+    out = tmp_path / "run"
+    flags = f"--stage rft --model {tiny_dir} --out {out} --tasks 3 --round-tasks 1 --samples 2 --no-screen"
+    flags += " --max-turns 1 --max-new-tokens 4"
+    assert run_script("train", train.main, flags.split()) == 0
+    folder, lines = out / "collected", metrics_of(out / "metrics.jsonl")
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    (folder / "round-0001.jsonl").unlink()
+    shutil.rmtree(out / "checkpoints")
+    assert run_script("train", train.main, [*flags.split(), "--resume"]) == 0
+    again = metrics_of(out / "metrics.jsonl")
+    assert [line["step"] for line in again] == [2, 3, 1] and again[:2] == lines[1:]
+    for path in folder.iterdir():
+        played, first = (
+            [json.loads(line) for line in text.splitlines()] for text in (path.read_text(), before[path.name])
+        )
+        assert [row["ids"] for row in played] == [row["ids"] for row in first]
+        assert path.name == "round-0001.jsonl" or path.read_text() == before[path.name]
 
 
 def test_a_full_disk_is_said_with_what_to_do(capsys):
@@ -249,7 +318,8 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_over(capsys, tmp_path, t
     (out / "metrics.jsonl").write_text("".join(metrics.splitlines(keepends=True)[:5]))
     assert "metrics of 5 steps" in refused(capsys, train.main, *flags, "--resume")
     (out / "metrics.jsonl").write_text("".join(metrics.splitlines(keepends=True)[:4]))
-    assert run_script("train", train.main, [*map(str, flags), "--resume"]) == 0, "killed before the first was written"
+    fewer = [*map(str, flags[:-1]), "1", "--resume"]
+    assert run_script("train", train.main, fewer) == 0, "killed before the first was written, whatever is asked for now"
     capsys.readouterr()
     (out / "metrics.jsonl").write_text("{}\n")
     assert "metrics.jsonl, line 1: not a step's metrics" in refused(capsys, train.main, *flags, "--resume")
@@ -289,7 +359,7 @@ def test_no_disk_space_at_a_checkpoint(tmp_path, tiny_dir, data):
         f"sys.exit(log.run_script('train.py', train.main, {flags.split()!r}))\n"
     )
     done = warm.run("-c", code)
-    assert done.returncode == 2
+    assert done.returncode == 1
     # A carriage return is how the progress bar gets out of the way.
     lines = [line for line in done.stderr.replace("\r", "\n").split("\n") if line.startswith("train.py:")]
     assert len(lines) == 1 and "step 2 was not written" in lines[0] and "--resume" in lines[0], done.stderr
