@@ -11,7 +11,8 @@ from conftest import SMALL, small_model, trajectory
 import train
 from minitau import batch, config, grpo
 from minitau.attention import packed_attention
-from minitau.episode import Stop
+from minitau.curriculum import Curriculum
+from minitau.episode import Stop, Task
 
 LN2 = math.log(2)
 
@@ -273,6 +274,18 @@ def loss_by_hand(net, old, reference, samples, aggregation):
     return total
 
 
+def drifts_by_hand(old, samples):
+    """The trainer's log-probability minus the sampler's, of each token said."""
+    drifts = []
+    for sample in samples:
+        episode = sample.trajectory
+        with torch.no_grad():
+            before = (full_logits(old, episode.ids) / CFG.temperature).log_softmax(-1)
+        said = [t for t in range(1, len(episode.ids)) if episode.said[t]]
+        drifts += [float(before[t - 1, episode.ids[t]]) - episode.logprobs[t] for t in said]
+    return drifts
+
+
 def run_batch(net, old, reference, samples, cfg, budget, world_size):
     """Loss, gradients and logged sums of a batch, cut into micro-batches for `world_size` ranks, one after another."""
     net.zero_grad()
@@ -333,7 +346,10 @@ def test_the_loss_is_that_of_the_papers_in_any_cut(policies, aggregation):
     # Every part of the loss was at work.
     tokens = sum(sum(sample.trajectory.said) for sample in samples)
     assert 0 < first_sums["clip_share"] < tokens and 0 < first_sums["masked_share"] < tokens
-    assert first_sums["kl"] > 0 and first_sums["entropy"] > 0 and first_sums["drift_k3"] > 0
+    assert first_sums["kl"] > 0 and first_sums["entropy"] > 0
+    drifts = drifts_by_hand(old, samples)  # k3 of the trainer from the sampler, whose tokens these are
+    assert first_sums["drift"] == pytest.approx(sum(map(abs, drifts)), rel=1e-4)
+    assert first_sums["drift_k3"] == pytest.approx(sum(math.exp(d) - d - 1 for d in drifts), rel=1e-4)
 
 
 def test_gradients_of_the_cuts_agree_with_each_other_more_closely(policies):
@@ -455,6 +471,66 @@ def test_shuffled_rewards_stay_in_their_group_and_repeat():
     assert [sorted(shaped) for _, shaped in control] == [sorted(shaped) for _, shaped in groups]
     assert control != groups and control == train.shuffled(groups, seed="0:1:shuffle")
     assert control != train.shuffled(groups, seed="0:2:shuffle")
+
+
+# -- which groups make a batch ---------------------------------------------------------------------------------
+
+TEACHES, FAILS, SOLVES, BREAKS = (1.0, 0.0), (0.0, 0.0), (1.0, 1.0), None
+
+
+def drawn(monkeypatch, outcomes, tasks=12, **settings):
+    """train.draw_groups where the i-th group that is played turns out as outcomes[i]: the batch, all that was played,
+    what it says of it, the tasks of each round and the curriculum."""
+    rounds, left = [], iter(outcomes)
+
+    def collect(jobs, stage, *, seed, label):
+        rounds.append([task.id for task, sample in jobs if sample == 0])
+        played = []
+        for task_id in rounds[-1]:
+            rewards = next(left)
+            stops = [Stop.ENV_ERROR] * 2 if rewards is None else None
+            played += group_of(rewards or (0.0, 0.0), first=int(task_id), stops=stops)[0]
+        return played
+
+    monkeypatch.setattr(train.rollout, "collect", collect)
+    curriculum = Curriculum([Task("desk", "train", str(i)) for i in range(tasks)], seed=0)
+    cfg = config.GRPO(tasks_per_step=3, group_size=2, **settings)
+    groups, played, share = train.draw_groups(cfg, 1, curriculum, None)
+    assert next(left, "none") == "none", "more should have been played"
+    return [group[0].task.id for group, _ in groups], played, share, rounds, curriculum
+
+
+def test_tasks_are_drawn_again_for_groups_that_teach_nothing(monkeypatch):
+    outcomes = [TEACHES, FAILS, BREAKS, SOLVES, TEACHES, TEACHES]
+    batch_ids, played, share, rounds, curriculum = drawn(monkeypatch, outcomes)
+    assert [len(ids) for ids in rounds] == [3, 2, 1], "one for each that taught nothing"
+    ids = [task_id for each in rounds for task_id in each]
+    assert len(set(ids)) == 6 and batch_ids == [ids[0], ids[4], ids[5]] and len(played) == 12
+    assert share == {"groups": 6, "rounds": 3, "zero_variance_share": pytest.approx(2 / 5)}  # of those with a verdict
+    tallies = {task_id: tuple(curriculum.tallies[f"desk/train/{task_id}"]) for task_id in ids}
+    expected = {TEACHES: (1, 2), FAILS: (0, 2), SOLVES: (2, 2), BREAKS: (0, 0)}
+    assert tallies == {task_id: expected[outcome] for task_id, outcome in zip(ids, outcomes)}
+
+
+def test_a_batch_that_stays_short_is_filled(monkeypatch):
+    """By what has a verdict first, in the order in which it was drawn."""
+    batch_ids, _, share, rounds, _ = drawn(monkeypatch, [BREAKS, FAILS, SOLVES, TEACHES, BREAKS, FAILS], max_rounds=2)
+    assert [len(ids) for ids in rounds] == [3, 3] and batch_ids == [rounds[0][1], rounds[0][2], rounds[1][0]]
+    assert share == {"groups": 6, "rounds": 2, "zero_variance_share": pytest.approx(3 / 4)}
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "settings", "sizes"),
+    [
+        ([FAILS] * 3, {"dynamic_sampling": False}, [3]),
+        ([FAILS] * 4, {"tasks": 4}, [3, 1]),
+        ([FAILS] * 2, {"tasks": 2}, [2]),
+        ([TEACHES] * 3, {}, [3]),
+    ],
+)
+def test_when_drawing_ends(monkeypatch, outcomes, settings, sizes):
+    batch_ids, _, _, rounds, _ = drawn(monkeypatch, outcomes, **settings)
+    assert [len(ids) for ids in rounds] == sizes and len(batch_ids) == min(3, sum(sizes))
 
 
 @pytest.mark.parametrize(("budget", "played", "over"), [(0, 10**9, False), (5, 4, False), (5, 5, True), (5, 6, True)])
