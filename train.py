@@ -332,6 +332,9 @@ def read_screened(path: Path) -> list[str]:
         raise BadInput(f"{path}: damaged ({error}); remove it, and --resume finds those tasks again") from None
 
 
+TOO_LATE = "There is a checkpoint of after the rounds, so none is played again: choose another --out to start over"
+
+
 def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Sequence[Task]]) -> list[list[Trajectory]]:
     """All attempts at all tasks, a list a task. Each round goes to disk whole, and is played only once."""
     stage = None
@@ -342,7 +345,7 @@ def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Seq
         jobs = rollout.group_jobs(tasks, cfg.samples)
         if not path.is_file():
             if run.step:
-                raise BadInput(f"{path} is gone. {TRAINED_SINCE}")
+                raise BadInput(f"{path} is gone. {TOO_LATE}")
             stage = stage or rollout.open_stage(cfg, world, open_engine(cfg, run.model, run.chat.stop_ids), run.chat)
             clock = Clock()
             with clock.phase("sync"):  # also forgets cached prefixes: a round repeats bit for bit
@@ -357,7 +360,7 @@ def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Seq
                 path.parent.mkdir(exist_ok=True)
                 write_jsonl(path, (t.to_json() for t in played))
             parallel.barrier()
-        advice = TRAINED_SINCE if run.step else f"remove {path.name}, and --resume plays that round again"
+        advice = TOO_LATE if run.step else f"remove {path.name}, and --resume plays that round again"
         played = report.episodes_of(path, advice)
         if [(t.task, t.sample) for t in played] != jobs:
             raise BadInput(f"{path}: these are not the {len(jobs)} episodes of its round; {advice}")
@@ -366,9 +369,6 @@ def collect_rounds(run: Run, cfg: config.RFT, world: World, rounds: Sequence[Seq
     if stage:
         stage.engine.close()
     return groups
-
-
-TRAINED_SINCE = "The model has been trained since, and cannot play that round again: choose another --out to start over"
 
 
 def report_kept(run: Run, groups: Sequence[Sequence[Trajectory]], kept: Sequence[Trajectory]) -> None:

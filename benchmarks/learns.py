@@ -60,7 +60,7 @@ RECIPES = {
         grpo="--user-model script --dtype bfloat16 --engine-mem 0.25 --lr 3e-5 --negative-weight 0 "
         "--tasks-per-step 34 --group-size 8 --max-rounds 1 --no-curriculum --kl 0 --entropy 0 --weight-decay 0.01 "
         "--max-new-tokens 256 --max-tokens 12288 --max-bad-calls 1 --concurrency 192 "
-        "--micro-batch-tokens 49152 --steps 50",
+        "--micro-batch-tokens 49152 --steps 100",
     ),
 }
 NOTHING = Recipe("", "", ("",), "", "")
@@ -78,7 +78,7 @@ ADDED = {"real": NOTHING, "tiny": TINY}  # by --shape; of a flag that is there t
 
 
 def claim(work: Path, told: dict[str, Any]) -> None:
-    """Make a folder that of such a run, and of no other. Raises BadInput if it is another's."""
+    """Claim a folder for a run of these flags. Raises BadInput if it is another's."""
     path = work / "learns.json"
     work.mkdir(parents=True, exist_ok=True)
     if not path.is_file() and any(work.iterdir()):
@@ -100,7 +100,8 @@ def learn(args: argparse.Namespace, work: Path) -> None:
         texts = []
         for number, agent in enumerate(recipe.demonstrations):
             file = work / f"demonstrations-{number}.jsonl"
-            python("-m", "minitau.sft", "--out", file, flags=(recipe.world, agent, *added.demonstrations))
+            if not file.is_file():
+                python("-m", "minitau.sft", "--out", file, flags=(recipe.world, agent, *added.demonstrations))
             texts.append(file.read_text(encoding="utf-8"))
         with written_whole(data) as scratch:
             scratch.write_text("".join(texts), encoding="utf-8")

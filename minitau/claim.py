@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,21 @@ FREE_ON_RESUME = {
 SHOWN = 5  # settings that differ are named, of what may be dozens
 
 
-def claim_run_dir(out: str, resume: bool, settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Make `out` the folder of this run and record its settings there; those that it had there before, if any.
+def claim_run_dir(
+    out: str,
+    resume: bool,
+    settings: dict[str, Any],
+    defaults: dict[str, Any],
+    may_go_on: Callable[[dict[str, Any]], None],
+) -> None:
+    """Make `out` the folder of this run and record its settings there.
 
-    defaults: of settings that a run of earlier code does not know. Raises BadInput if `out` holds another run, or this
-    one and `resume` was not asked for.
+    defaults: of settings that a run of earlier code does not know. may_go_on: gets the settings that a run had which
+    goes on, and raises BadInput if it cannot. Raises BadInput if `out` holds another run, or this one and `resume` was
+    not asked for.
     """
     folder = Path(out)
-    path, before = folder / "config.json", {}
+    path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{out} is a file; --out must be a folder")
     if path.is_file():
@@ -58,6 +65,7 @@ def claim_run_dir(out: str, resume: bool, settings: dict[str, Any], defaults: di
             raise BadInput(f"{out} holds {different}")
         if not resume:
             raise BadInput(f"{out} holds this run already; add --resume to go on, or choose another --out")
+        may_go_on(before)
     elif folder.exists() and {entry.name for entry in folder.iterdir()} - {".lock", "config.tmp"}:
         # (Those two are all that a run leaves which was killed while it claimed the folder.)
         raise BadInput(f"{out} is not empty and holds no run of minitau; choose another --out")
@@ -67,7 +75,6 @@ def claim_run_dir(out: str, resume: bool, settings: dict[str, Any], defaults: di
         scratch = path.with_suffix(".tmp")
         scratch.write_text(json.dumps(settings, indent=1))
         scratch.replace(path)
-    return before
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:

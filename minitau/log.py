@@ -100,8 +100,11 @@ def run_script(name: str, body: Callable[[list[str]], None], argv: list[str], *,
 def nobody_reads() -> bool:
     """Whether whoever read our stdout has gone, as `head` does that has seen enough. Then nothing more goes there."""
     poll = select.poll()
-    poll.register(sys.stdout, 0)
-    gone = any(events & select.POLLERR for _, events in poll.poll(0))
+    try:
+        poll.register(sys.stdout, 0)
+    except (OSError, ValueError):  # it is no file of the system's
+        return False
+    gone = any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
     if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
     return gone
@@ -115,7 +118,7 @@ def check_log(wandb: bool, tensorboard: bool) -> None:
 
 
 class MetricsLog:
-    """Appends to RUN/metrics.jsonl; on a resumed run first drops the lines of steps that are not `done`.
+    """Appends to RUN/metrics.jsonl; on a resumed run first drops the lines of steps that are not done.
 
     Those steps will be run again, and a step must not stand there twice. Ranks other than the
     first pass enabled=False and write nothing.
@@ -125,7 +128,7 @@ class MetricsLog:
         self,
         run_dir: Path,
         *,
-        done: Callable[[int], bool],
+        is_done: Callable[[int], bool],
         enabled: bool,
         wandb: bool = False,
         tensorboard: bool = False,
@@ -136,7 +139,7 @@ class MetricsLog:
         self.wandb = self.tensorboard = None
         if not enabled:
             return
-        kept = [row for row in metrics_of(self.path) if done(row["step"])]
+        kept = [row for row in metrics_of(self.path) if is_done(row["step"])]
         write_jsonl(self.path, kept)
         if wandb:
             import wandb as module
@@ -158,7 +161,7 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             # What is there of a step that comes again, and of those after it, is not shown.
-            again = next(step for step in itertools.count(1) if not done(step))
+            again = next(step for step in itertools.count(1) if not is_done(step))
             self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=again)
 
     def start(self, what: str, total: int, done: int) -> None:
@@ -194,7 +197,7 @@ def finite(value: Any) -> Any:
 
 
 def metrics_of(path: Path) -> list[dict[str, Any]]:
-    """The steps of a metrics.jsonl, in order. Raises BadInput with the number of a line that is none."""
+    """The steps of a metrics.jsonl, as they stand there. Raises BadInput with the number of a line that is none."""
     rows = []
     for number, line in numbered_lines(path):
         try:

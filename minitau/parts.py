@@ -87,8 +87,8 @@ def play(parts: Sequence[Part], logs: Path, jobs: int, cwd: Path = ROOT) -> list
 
 
 def run(command: Sequence[str], to: TextIO | None = None, **environment: str) -> None:
-    """One command, in the repository: it, as it would be typed after "python", and all that it says go to `to`, stdout
-    if none. Raises BadInput if it fails."""
+    """Run one command in the repository, and show it first. That line and the command's stdout go to `to`, stdout if
+    None. Raises BadInput if it fails."""
     print(f"\n$ python {shlex.join(command)}", file=to, flush=True)
     with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | environment, stdout=to) as process:
         try:

@@ -96,9 +96,12 @@ def groups_of(folders: Sequence[Path], together: bool = False) -> list[Group]:
         said = ", ".join(f"{name} {first.get(name, '-')}" for name in differing) if len(found) > 1 else ""
         name = said if said and len(said) <= 40 else common_name(members)
         groups.append(Group(name, [read(folder) for folder in members]))
-    if len({group.name for group in groups}) < len(groups):
-        paths = [common_path(members) for members in found.values()]
-        groups = [Group(name, group.runs) for name, group in zip(paths, groups)]
+    for name_of in (common_path, lambda members: str(members[0])):  # where one name is of several groups
+        names = [group.name for group in groups]
+        groups = [
+            group if names.count(group.name) == 1 else Group(name_of(members), group.runs)
+            for group, members in zip(groups, found.values())
+        ]
     return groups
 
 

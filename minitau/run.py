@@ -49,22 +49,26 @@ def open_run(stage: str, cfg: config.Training, keeps: Sequence[str] = (), **also
     model = pretrained.load_model(cfg.model)
     folder = Path(cfg.out)
     chat.check_vocabulary(model.cfg.vocab_size)
-    before = claim_run_dir(cfg, {"stage": stage, **also}, cfg.model)
+    played = len(list((folder / "collected").glob("round-*.jsonl")))  # RFT counts its rounds as steps
+
+    def not_lost(before: dict[str, Any]) -> None:
+        if checkpoint.latest(folder) is None:
+            every = before.get("save_every", cfg.save_every)
+            require_no_lost_checkpoint(folder, played + 2 * every)  # the second waits until the first is written
+
+    claim_run_dir(cfg, {"stage": stage, **also}, cfg.model, not_lost)
     spread(model, cfg)
     optimizer = adamw(model, cfg)
     state = checkpoint.load(folder, model, optimizer, keeps) if cfg.resume else None
     step = state["step"] if state is not None else 0
-    logged = max(step, len(list((folder / "collected").glob("round-*.jsonl"))))  # RFT counts its rounds as steps
-    if state is None:
-        every = max(cfg.save_every, before.get("save_every", 0))
-        require_no_lost_checkpoint(folder, logged + 2 * every)  # the second waits until the first is written
 
-    def done(number: int) -> bool:
+    def is_done(number: int) -> bool:
         return number <= step or round_file(folder, number).is_file()
 
-    log = MetricsLog(folder, done=done, enabled=parallel.is_main(), wandb=cfg.wandb, tensorboard=cfg.tensorboard)
+    log = MetricsLog(folder, is_done=is_done, enabled=parallel.is_main(), wandb=cfg.wandb, tensorboard=cfg.tensorboard)
     if cfg.resume:
-        say(f"{cfg.out}: going on after step {logged}" if logged else f"{cfg.out}: nothing to resume, starting")
+        last = next(number for number in itertools.count(1) if not is_done(number)) - 1
+        say(f"{cfg.out}: going on after step {last}" if last else f"{cfg.out}: nothing to resume, starting")
     return Run(folder, chat, model, optimizer, log, step, state)
 
 
@@ -90,22 +94,25 @@ def open_chat(model_dir: str, dialect: str) -> Chat:
     return load_chat(model_dir, dialect)
 
 
-def claim_run_dir(cfg: Any, also: dict[str, Any], model_dir: str = "") -> dict[str, Any]:
+def claim_run_dir(
+    cfg: Any,
+    also: dict[str, Any],
+    model_dir: str = "",
+    may_go_on: Callable[[dict[str, Any]], None] = lambda before: None,
+) -> None:
     """claim.claim_run_dir by the first rank, with the settings, what goes with them, and what the model's files hold;
-    all ranks raise what it raises, and get what it returns."""
-    problem, before = "", {}
+    all ranks raise what it raises."""
+    problem = ""
     if parallel.is_main():
         try:
             held = {"model_sha256": pretrained.model_sha256(Path(model_dir))} if model_dir else {}
-            defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
-            settings = {**dataclasses.asdict(cfg), **also, **held}
-            before = claim.claim_run_dir(cfg.out, cfg.resume, settings, defaults)
+            of_env = config.ENV_DEFAULTS.get(getattr(cfg, "env", ""), {})
+            defaults = {field.name: of_env.get(field.name, field.default) for field in dataclasses.fields(cfg)}
+            claim.claim_run_dir(cfg.out, cfg.resume, {**dataclasses.asdict(cfg), **also, **held}, defaults, may_go_on)
         except (BadInput, OSError) as error:
             problem = str(error)
-    problem, before = parallel.from_main((problem, before))
-    if problem:
+    if problem := parallel.from_main(problem):
         raise BadInput(problem)
-    return before
 
 
 def open_reference(cfg: config.Training) -> Qwen3:

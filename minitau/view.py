@@ -28,7 +28,7 @@ from minitau.log import run_script
 MOST = 2000  # letters shown of one message, unless all are asked for
 WIDEST = 160  # columns; longer lines are hard to read
 TEXT_WIDTH = 40  # of a text in the list
-FORMS = {"reward": ".2f", "advantage": "+.2f"}  # of its numbers; the others are whole
+FORMS = {"reward": ".2f", "advantage": "+.2f"}  # of its numbers that are not what they look like in JSON
 COLOURS = {"customer": 36, "agent": 1, "thought": 2, "call": 33, "result": 2, "passed": 32, "failed": 31, "token": 2}
 
 
@@ -82,7 +82,9 @@ def cell(column: str, value: str | float | None) -> str:
     if isinstance(value, str):
         first, *more = report.wrap(value, TEXT_WIDTH)
         return first + ("…" if more else "")
-    return "-" if value is None else format(value, FORMS.get(column, "d"))
+    if value is None:
+        return "-"
+    return format(value, FORMS.get(column, ".2f" if isinstance(value, float) else "d"))
 
 
 def title_of(run: Path, settings: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ The scripts' main functions run in this process (importing torch anew for each c
 minutes); one case goes through a real shell command.
 """
 
+import dataclasses
 import errno
 import functools
 import importlib
@@ -26,7 +27,7 @@ import warm
 import eval as evaluation
 import serve_user
 import train
-from minitau import ablate, claim, cli, config, demo, plot, sft, study, tasks, tiny, view
+from minitau import ablate, claim, cli, config, demo, plot, run, sft, study, tasks, tiny, view
 from minitau.base import pretrain
 from minitau.episode import BadInput
 from minitau.log import metrics_of, run_script
@@ -207,6 +208,19 @@ def test_a_run_goes_on_with_its_data_elsewhere_and_settings_that_came_later(caps
     assert "what --data holds" in refused(capsys, train.main, *flags, moved)
 
 
+def test_settings_that_came_later_are_what_follows_the_environment(tmp_path):
+    cfg = config.Evaluation(out=str(tmp_path / "run"), env="tau2", max_turns=200, resume=True)
+    run.claim_run_dir(cfg, {"script": "eval.py"})
+    path = tmp_path / "run" / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["max_turns"]
+    path.write_text(json.dumps(settings))
+    run.claim_run_dir(cfg, {"script": "eval.py"})
+    path.write_text(json.dumps(settings))
+    with pytest.raises(BadInput, match=r"max_turns \(200, now 24\)"):
+        run.claim_run_dir(dataclasses.replace(cfg, max_turns=24), {"script": "eval.py"})
+
+
 def test_a_log_that_is_not_installed(capsys, monkeypatch, tmp_path, tiny_dir, data):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for package in ("wandb", "tensorboard"):
@@ -246,11 +260,8 @@ def test_what_a_run_wrote_is_damaged(capsys, tmp_path, tiny_dir):
 
     path = out / "collected" / "round-0001.jsonl"
     whole = path.read_bytes()
-    path.unlink()
-    assert f"{path} is gone. The model has been trained since, and cannot play that round again" in resumed()
-    path.write_bytes(whole[:-300])  # a last line that is not whole is none
-    assert "these are not the 2 episodes of its round; The model has been trained since" in resumed()
     shutil.rmtree(out / "checkpoints")
+    path.write_bytes(whole[:-300])  # a last line that is not whole is none
     count = whole.count(b"\n")
     said = f"{path}: these are not the {count} episodes of its round; remove {path.name}, and --resume plays that round"
     assert said in resumed()
@@ -260,6 +271,29 @@ def test_what_a_run_wrote_is_damaged(capsys, tmp_path, tiny_dir):
     screened = out / "screened.json"
     screened.write_text("[")
     assert f"{screened}: damaged" in resumed()
+
+
+def test_a_round_that_is_gone_after_training_is_refused(capsys, tmp_path, tiny_dir):
+    """Its tasks would be played by another model, and others learned from in another order."""
+    out = tmp_path / "run"
+    flags = f"--stage rft --model {tiny_dir} --out {out} --tasks 6 --round-tasks 3 --samples 3 --min-partial 0"
+    flags += " --no-screen --max-turns 3 --max-new-tokens 24 --epochs 1 --resume"
+    assert run_script("train", train.main, flags.split()) == 0
+    path, steps = out / "collected" / "round-0002.jsonl", len(metrics_of(out / "metrics.jsonl"))
+    assert steps > 2, "nothing was trained"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-300])
+    capsys.readouterr()
+
+    def resumed() -> str:
+        assert run_script("train", train.main, flags.split()) == 2
+        return capsys.readouterr().err.splitlines()[-1]  # before it there is a bar
+
+    assert "these are not the 9 episodes of its round; There is a checkpoint of after the rounds" in resumed()
+    path.unlink()
+    assert f"{path} is gone. There is a checkpoint of after the rounds, so none is played again" in resumed()
+    path.write_bytes(whole)
+    assert run_script("train", train.main, flags.split()) == 0 and len(metrics_of(out / "metrics.jsonl")) == steps
 
 
 def test_a_round_that_is_gone_is_played_again_and_no_other(tmp_path, tiny_dir):
@@ -313,13 +347,15 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_over(capsys, tmp_path, t
     capsys.readouterr()
     metrics = (out / "metrics.jsonl").read_text()
     shutil.rmtree(out / "checkpoints")
-    assert "no checkpoint to go on from" in refused(capsys, train.main, *flags, "--resume")
+    for every in (2, 10, 10):  # whatever is asked for now
+        line = refused(capsys, train.main, *flags[:-1], every, "--resume")
+        assert "no checkpoint to go on from" in line
     assert (out / "metrics.jsonl").read_text() == metrics, "nothing is lost"
     (out / "metrics.jsonl").write_text("".join(metrics.splitlines(keepends=True)[:5]))
     assert "metrics of 5 steps" in refused(capsys, train.main, *flags, "--resume")
     (out / "metrics.jsonl").write_text("".join(metrics.splitlines(keepends=True)[:4]))
-    fewer = [*map(str, flags[:-1]), "1", "--resume"]
-    assert run_script("train", train.main, fewer) == 0, "killed before the first was written, whatever is asked for now"
+    often = [*map(str, flags[:-1]), "1", "--resume"]
+    assert run_script("train", train.main, often) == 0, "killed before the first was written, whatever is asked for now"
     capsys.readouterr()
     (out / "metrics.jsonl").write_text("{}\n")
     assert "metrics.jsonl, line 1: not a step's metrics" in refused(capsys, train.main, *flags, "--resume")

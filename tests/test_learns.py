@@ -49,6 +49,12 @@ def test_a_model_goes_from_random_weights_to_a_curve(tmp_path, commands, capsys)
     assert (config["seed"], config["lr"], config["dtype"]) == (3, 3e-5, "float32"), "a recipe's flag is lost"
 
     commands.clear()
+    (tmp_path / "demonstrations.jsonl").unlink()  # as if it had been killed between the files of these
+    (tmp_path / "demonstrations-3.jsonl").unlink()
+    learns.main(words)
+    assert [command[1] for command in commands] == ["minitau.sft"]
+    assert json.loads(capsys.readouterr().out) == found
+    commands.clear()
     learns.main(words)
     assert not commands and json.loads(capsys.readouterr().out) == found, "what is done was done again"
     for other in (["retail", *words[1:]], [*words, "--seed", "4"], [*words, "--ranks", "2"]):

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from minitau.log import MetricsLog, metrics_of, open_to_append, run_script, whol
 
 
 def test_numbers_that_json_cannot_say_are_null(tmp_path):
-    log = MetricsLog(tmp_path, done=lambda step: False, enabled=True)
+    log = MetricsLog(tmp_path, is_done=lambda step: False, enabled=True)
     log.write({"step": 1, "grad_norm": float("nan"), "share": {"a": float("inf")}, "versions": [1, 0.5]}, ())
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
 
@@ -29,9 +30,9 @@ def test_numbers_that_json_cannot_say_are_null(tmp_path):
 
 def test_a_resumed_run_drops_the_steps_that_come_again(tmp_path):
     write_jsonl(tmp_path / "metrics.jsonl", ({"step": step} for step in range(1, 6)))
-    MetricsLog(tmp_path, done=lambda step: step <= 3, enabled=False)
+    MetricsLog(tmp_path, is_done=lambda step: step <= 3, enabled=False)
     assert len(metrics_of(tmp_path / "metrics.jsonl")) == 5, "only the first rank writes"
-    MetricsLog(tmp_path, done=lambda step: step <= 3, enabled=True)
+    MetricsLog(tmp_path, is_done=lambda step: step <= 3, enabled=True)
     assert [row["step"] for row in metrics_of(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
@@ -60,6 +61,12 @@ def test_a_reader_who_has_seen_enough_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait(60) == 128 + signal.SIGPIPE
         process.stderr.close()
+
+    end, other = socket.socketpair()
+    other.close()
+    done = subprocess.run([sys.executable, "-c", many, "100000"], stdout=end, stderr=subprocess.PIPE, timeout=60)
+    end.close()
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
     def broken(argv):
         raise BrokenPipeError("Broken pipe of a server")

@@ -49,6 +49,12 @@ def test_groups_with_one_name_are_told_apart_by_their_paths(make):
     ]
     root = folders[0].parents[2]
     assert [group.name for group in plot.groups_of(folders)] == [f"{root}/{name}/*/run" for name in "abc"]
+    more = [make(f"d/{i}/run", seed=i % 2, **settings[1 + i // 2]) for i in range(4)]  # whose paths say nothing
+    assert [group.name for group in plot.groups_of([folders[0], *more])] == [
+        str(folders[0]),
+        str(more[0]),
+        str(more[2]),
+    ]
 
 
 def test_files_are_known_by_what_they_hold_and_models_by_their_path(make):

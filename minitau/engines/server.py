@@ -7,6 +7,7 @@ Servers listen on loopback only: their weight endpoints unpickle what they are s
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import json
 import os
@@ -95,8 +96,9 @@ def free_port() -> tuple[int, socket.socket]:
             kept.bind(f"\0minitau-port-{port}")  # a name without a file, which goes with its process
             if not port_is_taken(port):
                 return port, kept
-        except OSError:
-            pass  # it is another run's
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:  # then it is another run's
+                raise
         kept.close()
 
 
@@ -198,14 +200,13 @@ class Server:
         """Take it down with all its children. Does nothing if it is down."""
         process, self.process = self.process, None  # first: another thread may be closing it as well
         kept, self.kept_port = self.kept_port, None
-        if process is None:
-            return
-        with contextlib.suppress(OSError):
-            process.stdin.close()  # its keeper ends it
-        try:
-            process.wait(END_SECONDS)  # (a second ctrl-C here leaves the rest to the keeper, which needs nobody for it)
-        except subprocess.TimeoutExpired:
-            process.kill()  # takes the server along
-            process.wait()
-        if kept:
-            kept.close()
+        with kept or contextlib.nullcontext():  # until the server is down
+            if process is None:
+                return
+            with contextlib.suppress(OSError):
+                process.stdin.close()  # its keeper ends it
+            try:
+                process.wait(END_SECONDS)  # (a second ctrl-C here leaves the rest to the keeper, which needs nobody)
+            except subprocess.TimeoutExpired:
+                process.kill()  # takes the server along
+                process.wait()
