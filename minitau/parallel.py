@@ -438,8 +438,10 @@ def os_error(error: dcp.api.CheckpointException) -> OSError:
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Read what save_state wrote, on any number of ranks. Raises OSError if it is not all there."""
-    if not (folder / ".metadata").is_file():  # torch would look for older forms, and tell the console
-        raise FileNotFoundError(f"{folder / '.metadata'} is missing")
+    try:
+        dcp.FileSystemReader(folder).read_metadata()  # else torch would look for older forms, and tell the console
+    except Exception as error:  # whatever comes of a damaged pickle
+        raise OSError(f"{folder.name}/.metadata: {type(error).__name__}: {error}") from error
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())

@@ -1,6 +1,7 @@
 """Checkpoints survive crashes and full disks, resume bit for bit, and a bad directory is one clear line."""
 
 import json
+import logging
 import resource
 import shutil
 import signal
@@ -634,11 +635,13 @@ DAMAGED = {
     "state.json gone": lambda place: (place / "state.json").unlink(),
     "state cut": damage_state,
     "state gone": lambda place: shutil.rmtree(place / "state"),
+    "metadata of another kind": lambda place: (place / "state" / ".metadata").write_bytes(b"\x1enoise"),
+    "metadata gone": lambda place: (place / "state" / ".metadata").unlink(),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_a_damaged_checkpoint_is_one_line(tmp_path, case):
+def test_a_damaged_checkpoint_is_one_line(tmp_path, caplog, case):
     """A disk that loses bytes, a copy that stopped halfway: --resume must say which folder to remove."""
     net, optimizer = new_run()
     keeps = ("curriculum", "episodes")
@@ -648,6 +651,8 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, case):
     with pytest.raises(CheckpointError) as refusal:
         checkpoint.load(tmp_path, again, fresh, keeps)
     assert_one_line(refusal, place, ["it is the only one", "--out"])
+    shown = [each for each in caplog.records if each.levelno >= logging.WARNING and "NullHandler" not in each.name]
+    assert not shown, "torch logs tracebacks"
     assert not (case.startswith("state.json") and fresh.state), "nothing of it was taken"
     later = save(tmp_path, 2, net, optimizer, state=dict.fromkeys(keeps, 0))
     DAMAGED[case](later)
