@@ -97,7 +97,7 @@ def free_port() -> tuple[int, socket.socket]:
             if not port_is_taken(port):
                 return port, kept
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:  # then it is another run's
+            if error.errno != errno.EADDRINUSE:  # which would mean that another run keeps it
                 raise
         kept.close()
 
