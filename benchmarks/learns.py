@@ -1,7 +1,7 @@
 """Does a model learn on a GPU? From random weights: SFT on demonstrations, then GRPO through SGLang.
 
-    python -m benchmarks.learns courier --engine-command "$SGLANG" --work DIR
-    python -m benchmarks.learns retail --ranks 2 --engine-command "$SGLANG" --work DIR
+    python -m benchmarks.learns courier --engine-command "$SGLANG" --out DIR
+    python -m benchmarks.learns retail --ranks 2 --engine-command "$SGLANG" --out DIR
 
 with SGLANG="python -m sglang.launch_server --attention-backend triton", because the heads are of size 32. `courier` is
 the small world that comes with minitau, and its demonstrator makes mistakes; `retail` is tau2-bench's, with the
@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.mfu import where
-from minitau import memory, parts, plot, pretrained
-from minitau.episode import BadInput
+from minitau import demo, memory, parts, plot, pretrained
 from minitau.log import metrics_of, run_script, written_whole
 
+MARKER = ".minitau-learns"  # says that a folder is such a run's
 ENDS = 10  # steps at either end of a run
 
 
@@ -77,29 +77,17 @@ ADDED = {"real": NOTHING, "tiny": TINY}  # by --shape; of a flag that is there t
 # -- what is run -----------------------------------------------------------------------------------------------
 
 
-def claim(work: Path, told: dict[str, Any]) -> None:
-    """Claim a folder for a run of these flags. Raises BadInput if it is another's."""
-    path = work / "learns.json"
-    work.mkdir(parents=True, exist_ok=True)
-    if not path.is_file() and any(work.iterdir()):
-        raise BadInput(f"{work} is not empty and was not made by this command; choose another --work")
-    if path.is_file() and json.loads(path.read_text()) != told:
-        raise BadInput(f"{work} was begun with other flags, or by another commit; choose another --work")
-    with written_whole(path) as scratch:
-        scratch.write_text(json.dumps(told))
-
-
-def learn(args: argparse.Namespace, work: Path) -> None:
-    """Model, demonstrations, SFT and GRPO, each in its place in `work` and unless it is there. Raises BadInput if one
+def learn(args: argparse.Namespace, out: Path) -> None:
+    """Model, demonstrations, SFT and GRPO, each in its place in `out` and unless it is there. Raises BadInput if one
     fails."""
     recipe, added, seed = RECIPES[args.world], ADDED[args.shape], f"--seed {args.seed}"
-    model, data, sft, grpo = work / "model", work / "demonstrations.jsonl", work / "sft", work / "grpo"
+    model, data, sft, grpo = out / "model", out / "demonstrations.jsonl", out / "sft", out / "grpo"
     if not (model / "config.json").is_file():
         python("-m", "minitau.tiny", "--out", model, flags=(recipe.world, recipe.model, added.model, seed))
     if not data.is_file():
         texts = []
         for number, agent in enumerate(recipe.demonstrations):
-            file = work / f"demonstrations-{number}.jsonl"
+            file = out / f"demonstrations-{number}.jsonl"
             if not file.is_file():
                 python("-m", "minitau.sft", "--out", file, flags=(recipe.world, agent, *added.demonstrations))
             texts.append(file.read_text(encoding="utf-8"))
@@ -123,10 +111,10 @@ def python(*words: Any, flags: Sequence[str]) -> None:
 # -- what came of it -------------------------------------------------------------------------------------------
 
 
-def report(work: Path) -> dict[str, Any]:
+def report(out: Path) -> dict[str, Any]:
     """Of both stages their steps and seconds, of GRPO how the reward went."""
-    steps = {stage: metrics_of(work / stage / "metrics.jsonl") for stage in ("sft", "grpo")}
-    found: dict[str, Any] = {"parameters": memory.parameters(pretrained.read_config(work / "model"))}
+    steps = {stage: metrics_of(out / stage / "metrics.jsonl") for stage in ("sft", "grpo")}
+    found: dict[str, Any] = {"parameters": memory.parameters(pretrained.read_config(out / "model"))}
     for stage, lines in steps.items():
         found[stage] = {"steps": len(lines), "seconds": sum(line["seconds"]["total"] for line in lines)}
     found["grpo"]["episodes"] = sum(line["episodes"] for line in steps["grpo"])
@@ -154,15 +142,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--engine-command", required=True, help="SGLang's, as train.py has it")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs of GRPO")
     parser.add_argument("--seed", type=int, default=0, help="of weights and both stages; demonstrations have their own")
-    parser.add_argument("--work", default="outputs/benchmark-learns", help="folder for models, runs and the picture")
+    parser.add_argument("--out", default="outputs/benchmark-learns", help="folder for models, runs and the picture")
+    parser.add_argument("--no-resume", action="store_true", help="start over, instead of going on where it was")
     parser.add_argument("--shape", choices=ADDED, default="real")
     args = parser.parse_args(argv)
-    work = Path(args.work).resolve()
+    out = Path(args.out).resolve()
     told = {name: getattr(args, name) for name in ("world", "shape", "ranks", "seed")} | {"commit": parts.commit()}
-    claim(work, told)
-    learn(args, work)
-    plot.draw(work / "curve.png", plot.groups_of([work / "grpo"]))
-    print(json.dumps({**told, **where(), **report(work)}, indent=1))
+    demo.claim(out, MARKER, told, not args.no_resume)
+    learn(args, out)
+    plot.draw(out / "curve.png", plot.groups_of([out / "grpo"]))
+    print(json.dumps({**told, **where(), **report(out)}, indent=1))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def commands(monkeypatch):
 
 
 def test_a_model_goes_from_random_weights_to_a_curve(tmp_path, commands, capsys):
-    words = ["courier", "--shape", "tiny", "--seed", "3", "--engine-command", FAKE_SGLANG, "--work", str(tmp_path)]
+    words = ["courier", "--shape", "tiny", "--seed", "3", "--engine-command", FAKE_SGLANG, "--out", str(tmp_path)]
     learns.main(words)
     found = json.loads(capsys.readouterr().out)
     assert [command[:3] for command in commands] == [
@@ -58,10 +58,10 @@ def test_a_model_goes_from_random_weights_to_a_curve(tmp_path, commands, capsys)
     learns.main(words)
     assert not commands and json.loads(capsys.readouterr().out) == found, "what is done was done again"
     for other in (["retail", *words[1:]], [*words, "--seed", "4"], [*words, "--ranks", "2"]):
-        with pytest.raises(BadInput, match="was begun with other flags"):
+        with pytest.raises(BadInput, match="was begun with other settings"):
             learns.main(other)
     with pytest.raises(BadInput, match="was not made by this command"):
-        learns.main([*words, "--work", str(tmp_path / "grpo")])
+        learns.main([*words, "--out", str(tmp_path / "grpo")])
 
 
 def test_the_rise_of_a_line_and_its_interval():
