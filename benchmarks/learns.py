@@ -60,7 +60,7 @@ RECIPES = {
         grpo="--user-model script --dtype bfloat16 --engine-mem 0.25 --lr 3e-5 --negative-weight 0 "
         "--tasks-per-step 34 --group-size 8 --max-rounds 1 --no-curriculum --kl 0 --entropy 0 --weight-decay 0.01 "
         "--max-new-tokens 256 --max-tokens 12288 --max-bad-calls 1 --concurrency 192 "
-        "--micro-batch-tokens 49152 --steps 100",
+        "--micro-batch-tokens 49152 --steps 50",
     ),
 }
 NOTHING = Recipe("", "", ("",), "", "")
