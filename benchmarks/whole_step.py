@@ -7,9 +7,8 @@ makes a random Qwen3-4B, starts serve_user.py on them, runs `torchrun --nproc_pe
 --preset tau2-4b` for a few steps of 16 tasks x 4 attempts, and prints one JSON object. Of each step: its seconds by
 part, those of an episode by whom it waits for, the GPUs' memory, what the conversations were like, and what --dry-run
 computes for such conversations. It is written to DIR/whole_step.json after every step. What follows `--` goes to
-train.py. After the last step that was asked for the run is interrupted; with --and-resume its checkpoint is waited for
-before, and after it the same command goes on with --resume for one more step. What writing and reading a checkpoint
-takes is measured by benchmarks/checkpoints.py.
+train.py. After the last step that was asked for the run is interrupted: what a checkpoint takes is measured by
+benchmarks/checkpoints.py.
 
 The model knows nothing; what it says is noise of the right length. Its tokenizer is trained on tau2-bench and filled up
 with pairs of its own tokens to the model's vocabulary, so that whatever is sampled is text, and the embedding of the
@@ -30,9 +29,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,7 @@ import torch
 
 from benchmarks.mfu import SHAPES, where
 from benchmarks.random_run import random_model
-from minitau import checkpoint, cli, config, plan, pretrained, tiny
+from minitau import cli, config, plan, pretrained, tiny
 from minitau.budget import Case
 from minitau.episode import BadInput, Trajectory
 from minitau.log import run_script, whole_lines
@@ -112,33 +110,27 @@ def customers(args: argparse.Namespace, model: Path) -> Iterator[str]:
         process.wait()
 
 
-@contextmanager
-def training(
+def train(
     args: argparse.Namespace, model: Path, out: Path, address: str, more: list[str]
-) -> Iterator[subprocess.Popen]:
-    """train.py's GRPO on these ranks, until the block is done."""
+) -> Iterator[dict[str, float]]:
+    """Run GRPO; after each step the most memory that was in use meanwhile: see memory_in_use."""
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks)]
     command = [sys.executable, *ranks, "train.py", *grpo_flags(args, model, out), *more]
     command += ["--user-model", "openai/minitau-user", "--user-api-base", address]
     process = subprocess.Popen(command)
     try:
-        yield process
+        for step in range(1, args.steps + 1):
+            most: dict[str, float] = {}
+            while not done(out, step):
+                if process.poll() is not None:
+                    raise BadInput(f"train.py ended with status {process.returncode}; its last words are above")
+                for gpu, used in memory_in_use().items():
+                    most[gpu] = max(used, most.get(gpu, 0.0))
+                time.sleep(0.5)
+            yield most
     finally:
         process.send_signal(signal.SIGINT)
         process.wait()
-
-
-def wait(process: subprocess.Popen, ready: Callable[[], bool]) -> dict[str, float]:
-    """Wait until it is so; the most memory that was in use meanwhile: see memory_in_use. Raises BadInput if the process
-    ends before."""
-    most: dict[str, float] = {}
-    while not ready():
-        if process.poll() is not None:
-            raise BadInput(f"train.py ended with status {process.returncode}; its last words are above")
-        for gpu, used in memory_in_use().items():
-            most[gpu] = max(used, most.get(gpu, 0.0))
-        time.sleep(0.5)
-    return most
 
 
 def done(out: Path, step: int) -> bool:
@@ -152,10 +144,7 @@ def episodes(out: Path, step: int) -> list[str]:
 
 
 def grpo_flags(args: argparse.Namespace, model: Path, out: Path) -> list[str]:
-    steps = args.steps + args.and_resume + 1  # the last is one that nobody waits for
-    flags = f"--stage grpo --preset tau2-4b --model {model} --out {out} --steps {steps}"
-    if args.and_resume:
-        flags += f" --save-every {args.steps}"
+    flags = f"--stage grpo --preset tau2-4b --model {model} --out {out} --steps {args.steps + 1}"
     flags += (
         f" --max-steps {args.messages} --tasks-per-step {args.tasks} --group-size 4 --no-dynamic-sampling --no-screen"
     )
@@ -182,21 +171,6 @@ def ask_driver(query: str) -> Iterator[tuple[str, float]]:
         name, number = line.split(", ")
         if number.isdecimal():
             yield name, float(number)
-
-
-def resumed(args: argparse.Namespace, model: Path, out: Path, address: str, more: list[str]) -> dict[str, Any]:
-    """Go on from the newest checkpoint for one step: what it was, how long it took until the step began, the step."""
-    held, step, start = checkpoint.latest(out), args.steps + 1, time.perf_counter()
-    with training(args, model, out, address, [*more, "--resume"]) as process:
-        memory = wait(process, partial(done, out, step))
-        seconds = time.perf_counter() - start
-    found = report(args, model, out, step, more)
-    return {
-        "checkpoint": held.name,
-        "start_seconds": seconds - found["seconds"]["total"],
-        **found,
-        "memory_gb": memory,
-    }
 
 
 # -- what came of it ----------------------------------------------------------------------------------------------
@@ -263,7 +237,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=16, help="of a step, four attempts each")
     parser.add_argument("--messages", type=int, default=100, help="of a conversation: --max-steps")
-    parser.add_argument("--and-resume", action="store_true", help="then go on from the checkpoint of the last step")
     parser.add_argument("--work", default="outputs/benchmark-whole-step")
     parser.add_argument("--shape", choices=SHAPES, default="4b")
     own, more = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
@@ -282,16 +255,10 @@ def main(argv: list[str]) -> None:
     with customers(args, model) as address:
         result["until_customers_seconds"] = time.perf_counter() - start
         steps = result["steps"] = []
-        with training(args, model, out, address, more) as process:
-            for step in range(1, args.steps + 1):
-                memory = wait(process, partial(done, out, step))
-                steps.append({**report(args, model, out, step, more), "memory_gb": memory})
-                result["seconds"] = time.perf_counter() - start
-                (work / "whole_step.json").write_text(json.dumps(result, indent=1))
-            if args.and_resume:
-                wait(process, lambda: checkpoint.latest(out) is not None)
-        if args.and_resume:
-            result["resumed"] = resumed(args, model, out, address, more)
+        for step, memory in enumerate(train(args, model, out, address, more), 1):
+            steps.append({**report(args, model, out, step, more), "memory_gb": memory})
+            result["seconds"] = time.perf_counter() - start
+            (work / "whole_step.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result, indent=1))
 
 
