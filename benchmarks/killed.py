@@ -135,7 +135,7 @@ def agrees(found: dict[str, Any], first: dict[str, Any]) -> bool:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="GPUs of the run that is killed")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--work", type=Path, default="outputs/benchmark-killed", help="folder for model, data and run")
     parser.add_argument("--shape", choices=SHAPES, default="4b")
