@@ -5,7 +5,8 @@
 makes a random Qwen3-4B, runs `torchrun --nproc_per_node RANKS train.py --stage sft` on courier's demonstrations and
 kills every rank (SIGKILL) once the checkpoint of step 4 is whole: two steps and more have followed by then, while it
 was written. The same command with --resume does those two again, and is killed; and once more on one GPU. Prints one
-JSON object: of each run what its two steps found, and how long it took from the command to its first step.
+JSON object, which is written to DIR/killed.json after each run: what its two steps found, and how long it took from the
+command to its first step.
 
 On as many ranks the first step's loss has to be the same number, which it is only if every weight is. All that follows
 has been through a backward pass, whose sums are in no fixed order on a GPU: it is to be as near as that (`NEAR`), and
@@ -149,9 +150,12 @@ def main(argv: list[str]) -> None:
         free_everything()
     if not (work / "data.jsonl").is_file():
         parts.run(["-m", "minitau.sft", "--tasks", "300", "--out", str(work / "data.jsonl")], to=sys.stderr)
-    result: dict[str, Any] = {"shape": args.shape, **where(), "lr": args.lr, "straight": straight(args)}
-    result["resumed"] = [resumed(args, ranks) for ranks in dict.fromkeys((args.ranks, 1))]
-    result["agrees"] = all(agrees(each, result["straight"]) for each in result["resumed"])
+    first = straight(args)
+    result: dict[str, Any] = {"shape": args.shape, **where(), "lr": args.lr, "straight": first, "resumed": []}
+    for ranks in dict.fromkeys((args.ranks, 1)):
+        result["resumed"].append(resumed(args, ranks))
+        result["agrees"] = all(agrees(each, first) for each in result["resumed"])
+        (work / "killed.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result, indent=1))
     if not result["agrees"]:
         sys.exit("benchmarks.killed: a run that was resumed is not the one that went on; see above")

@@ -531,7 +531,18 @@ def test_every_place_to_edit_that_the_readme_names_exists():
 
 @pytest.mark.parametrize(
     "name",
-    ["checkpoints", "engine", "learns", "peers", "ratios", "tau2_concurrent", "tau2_faithful", "trainer", "whole_step"],
+    [
+        "checkpoints",
+        "engine",
+        "killed",
+        "learns",
+        "peers",
+        "ratios",
+        "tau2_concurrent",
+        "tau2_faithful",
+        "trainer",
+        "whole_step",
+    ],
 )
 def test_a_benchmark_starts_as_the_readme_says(name):
     """From the repository's root, with nothing of ours installed. The first is typed for real."""
