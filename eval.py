@@ -180,10 +180,8 @@ def main(argv: list[str]) -> None:
     if cfg.greedy:
         cfg = dataclasses.replace(cfg, greedy=False, temperature=0.0)
     parallel.start()
-    try:
-        rows, played = evaluate(cfg)
-    finally:
-        parallel.stop()
+    rows, played = evaluate(cfg)
+    parallel.stop()
     if parallel.is_main():
         print(table(rows))
         if cfg.num_trials > 2:  # else the table has them all

@@ -160,11 +160,11 @@ def train_grpo(cfg: config.GRPO) -> None:
 def draw_groups(
     cfg: config.GRPO, step: int, curriculum: Curriculum, stage: rollout.Stage
 ) -> tuple[list[Group], list[Trajectory], dict[str, float]]:
-    """Play until there are `tasks_per_step` groups that teach something, or the rounds are used up.
+    """Play until there are `tasks_per_step` groups that teach something, or rounds or tasks are used up.
 
-    Returns the batch, every trajectory played, and how many groups it took. A batch that is still
-    short is filled with groups that teach nothing: they have no advantage, but they keep its size,
-    and so the meaning of the learning rate.
+    Returns the batch, every trajectory played, and for the metrics how many groups and rounds it took and which part of
+    the groups taught nothing. A batch that is still short is filled with such groups: they have no advantage, but they
+    keep its size, and so the meaning of the learning rate.
     """
     groups: list[Group] = []
     teaches: list[bool] = []
@@ -173,6 +173,8 @@ def draw_groups(
         tasks = curriculum.draw(step, cfg.tasks_per_step - sum(teaches), exclude=drawn, round=number)
         jobs = rollout.group_jobs(tasks, cfg.group_size)
         played = rollout.collect(jobs, stage, seed=f"{cfg.seed}:{step}:{number}", label=f"step {step}")
+        if number == 0:
+            rollout.require_verdicts(played)  # a customer who is gone would be asked for every round's episodes
         for task, group in zip(tasks, rollout.groups_of(played, cfg.group_size)):
             counted = [counts(t) for t in group]
             curriculum.update(task, [t.success for t in group if counts(t)])
@@ -439,7 +441,7 @@ def main(argv: list[str]) -> None:
             checkpoint.finish()  # what was begun is worth the wait
         except Exception as error:  # every stage has ended with one that was whole, or with an error of its own
             say(f"train.py: {error}")
-        parallel.stop()
+    parallel.stop()
 
 
 if __name__ == "__main__":

@@ -130,23 +130,21 @@ def main() -> int:
     args = parser.parse_args()
     folder = Path(args.work)
     parallel.start()
-    try:
-        if parallel.is_main() and not args.read:
-            (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-            tiny.write_tokenizer(folder / "tokenizer", ["Hello there, how can I help you today? " * 9], 300)
-        parallel.barrier()
-        cfg = config.SFT(dtype=args.dtype, micro_batch_tokens=64, compile=False)
-        opened = open_run(args, cfg)
-        mb = micro_batch(opened.model.cfg, [64])
-        run.update(opened, cfg, [mb], lambda mb: train.sft_loss(opened.model, mb, cfg.dtype), 1e-3)
-        free_everything()
-        result = {"shape": args.shape, **where()}
-        result |= read(opened, folder) if args.read else write(opened, cfg, folder)
-        result["peak_gb"] = peak_gb()
-        if args.engine_command:
-            result |= serve(opened, args, folder)
-    finally:
-        parallel.stop()
+    if parallel.is_main() and not args.read:
+        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+        tiny.write_tokenizer(folder / "tokenizer", ["Hello there, how can I help you today? " * 9], 300)
+    parallel.barrier()
+    cfg = config.SFT(dtype=args.dtype, micro_batch_tokens=64, compile=False)
+    opened = open_run(args, cfg)
+    mb = micro_batch(opened.model.cfg, [64])
+    run.update(opened, cfg, [mb], lambda mb: train.sft_loss(opened.model, mb, cfg.dtype), 1e-3)
+    free_everything()
+    result = {"shape": args.shape, **where()}
+    result |= read(opened, folder) if args.read else write(opened, cfg, folder)
+    result["peak_gb"] = peak_gb()
+    if args.engine_command:
+        result |= serve(opened, args, folder)
+    parallel.stop()
     if parallel.is_main():
         print(json.dumps(result, indent=1))
     back = result["sums_are_those_written"] and result.get("every_bit_is_back", True)

@@ -366,7 +366,7 @@ def main() -> None:
                 (Path(args.work) / "engine.json").write_text(json.dumps(result, indent=1))  # if it breaks off
     finally:
         engine.close()
-        parallel.stop()
+    parallel.stop()
     if parallel.is_main():
         print(json.dumps(result, indent=1))
 

@@ -243,15 +243,13 @@ def main() -> int:
     result: dict[str, Any] = {"shape": args.shape, **where(), "exceeded": []}
     if torch.cuda.is_available():
         result["attention"] = attention.kernel().__name__
-    try:
-        for part in args.parts:
-            result[part] = PARTS[part](args)
-            result["exceeded"] += itertools.chain(*parallel.gather(same_numbers.exceeded(part, result[part])))
-            free_everything()
-            if args.out and parallel.is_main():
-                Path(args.out).write_text(json.dumps(result, indent=1))
-    finally:
-        parallel.stop()
+    for part in args.parts:
+        result[part] = PARTS[part](args)
+        result["exceeded"] += itertools.chain(*parallel.gather(same_numbers.exceeded(part, result[part])))
+        free_everything()
+        if args.out and parallel.is_main():
+            Path(args.out).write_text(json.dumps(result, indent=1))
+    parallel.stop()
     if parallel.is_main():
         print(json.dumps(result, indent=1))
     return int(bool(result["exceeded"]))

@@ -39,9 +39,7 @@ class Player(Generic[Batch]):
 
     def wait(self, meanwhile: Callable[[], None]) -> None:
         """Until the batch that was started, if one was, has been played; `meanwhile` is called again and again, the
-        last time when it has been.
-
-        Raises what playing raised.
+        last time when it has been. Raises what playing raised, then without that last call.
         """
         while self.thread and self.thread.is_alive():
             self.thread.join(LOOK_SECONDS)

@@ -196,8 +196,12 @@ class GRPO(Training, Episodes):
     entropy: float = setting(0.001, "coefficient of the entropy bonus")
     kl: float = setting(0.01, "coefficient of k3 KL to the starting model; 0 loads no second model")
     importance_cap: float = setting(2.0, "cap of the trainer/engine importance weight; 0 turns it off")
-    sequence_low: float = setting(0.5, "trajectories whose mean trainer/engine ratio is lower are masked")
-    sequence_high: float = setting(2.0, "trajectories whose mean trainer/engine ratio is higher are masked")
+    sequence_low: float = setting(
+        0.5, "trajectories whose mean trainer/engine ratio is lower are left out of the policy loss"
+    )
+    sequence_high: float = setting(
+        2.0, "trajectories whose mean trainer/engine ratio is higher are left out of the policy loss"
+    )
     engine_round: int = setting(
         0, "a control: the local engine samples from weights rounded to so many bits, so that it drifts; 0 leaves them"
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitau.chat import MalformedReply, read_reply
+from minitau.chat import MalformedReply, read_reply, without_thought
 from minitau.episode import BadInput, Call, Message, Opening
 
 # The names of the four roles, and those that ShareGPT, LLaMA-Factory, ms-swift and OpenAI give them.
@@ -224,21 +224,26 @@ def split_results(message: Message, after: list[Message]) -> list[Message]:
 
 
 def with_calls(message: Message, tools: set[str]) -> Message:
-    """An agent's message whose calls stand in its text, as <tool_call> blocks, with calls instead.
+    """An agent's message whose calls stand in its text, behind its thought, as <tool_call> blocks, with calls instead.
 
     Then each dialect can write it in its own way: a call of `respond` is speech in the native one. A
     text that cannot be read stays as it is, and is refused when its ids are read back.
     """
-    if message.role != "assistant" or message.calls or "<tool_call>" not in message.content:
+    if message.role != "assistant" or message.calls:
+        return message
+    reply = without_thought(message.content)
+    # What stands in a thought was not called. It keeps what is between it and the words.
+    thought = "" if reply == message.content else message.content[: len(message.content) - len(reply.lstrip())]
+    if "<tool_call>" not in reply:
         return message
     try:
-        words, calls = read_reply(message.content)
+        words, calls = read_reply(reply)
     except MalformedReply:
         return message
     said = calls[0].arguments.get("content") if len(calls) == 1 and calls[0].name == "respond" else None
     if isinstance(said, str) and not words and "respond" not in tools:
-        return Message("assistant", said)
-    return Message("assistant", words, calls)
+        return Message("assistant", thought + said)
+    return Message("assistant", (thought + words).rstrip(), calls)
 
 
 def from_text(text: str, what: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from minitau.episode import Task
 
-FLOOR = 0.1  # weight of a task that is always or never solved: it must stay reachable
+FLOOR = 0.1  # weight of a task that is always or never solved, or always breaks: it must stay reachable
 MEMORY = 0.8  # old outcomes fade to this part at each visit, because the policy that made them is gone
 
 
@@ -43,6 +43,8 @@ class Curriculum:
         """In [FLOOR, 1]; 4 p (1 - p) is the variance of an outcome, scaled to 1 where p is one half."""
         if not self.enabled or task.key not in self.tallies:
             return 1.0
+        if self.tallies[task.key][1] == 0:
+            return FLOOR  # no attempt has counted yet, and most often none ever will
         p = self.success_rate(task)
         return max(FLOOR, 4 * p * (1 - p))
 

@@ -89,6 +89,8 @@ def start() -> None:
 
 
 def stop() -> None:
+    """Leave the process group, once all is done. Not after a failure: the others may be in the middle of a collective,
+    and leaving waits for them, where a process that simply ends is seen by torchrun, which ends them."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

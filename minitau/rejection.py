@@ -45,13 +45,13 @@ def kept_rows(groups: Iterable[Sequence[Trajectory]], kept: Sequence[Trajectory]
     tasks = solved + partial + lost; of the lost ones, `broken` had no attempt with a verdict.
     """
     groups = [list(group) for group in groups]
-    chosen = {t.task for t in kept}
+    chosen, passed = {t.task for t in kept}, {t.task for t in kept if t.success}
     rows = []
     domains = list(dict.fromkeys(group[0].task.domain for group in groups))
     for domain in [*domains, "all"] if len(domains) > 1 else domains:
         ours = [group for group in groups if domain in ("all", group[0].task.domain)]
         graded = [t for group in ours for t in group if not t.stop.ours]
-        solved = sum(group[0].task in chosen and any(t.success for t in group) for group in ours)
+        solved = sum(group[0].task in passed for group in ours)
         lost = sum(group[0].task not in chosen for group in ours)
         rows.append(
             {

@@ -213,7 +213,7 @@ def collect(
 def in_threads(work: Callable[[int], None], queue: parallel.SharedQueue, count: int, engine: Engine) -> None:
     """Do `work` on what `queue` hands out, in `count` threads a rank, until those of all ranks are done.
 
-    Meanwhile this thread tends the engine. Raises what a thread raised; the others take nothing more then.
+    Meanwhile this thread tends the engine. Raises what a thread raised; this rank's others take nothing more then.
     """
     problems: list[BaseException] = []
 

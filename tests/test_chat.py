@@ -124,6 +124,9 @@ def test_a_template_that_opens_a_thought_gets_it_closed(tiny_dir):
     ids = chat.write(says("<think>\nWhich one?\n</think>\n\nHello.", LOOK))
     assert chat.decode(ids).startswith("Which one?\n</think>\n\nHello."), "it goes on with a thought that is there"
     assert chat.parse(ids, TOOLS) == Action("Hello.", (LOOK,))
+    for thought in ('I could <tool_call>{"name": "look", "arguments": {}}</tool_call>', "Maybe a <tool_call>?"):
+        ids = [*chat.encode(f"{thought} No.\n</think>\n\nHello."), chat.eos_id]
+        assert chat.parse(ids, TOOLS) == Action("Hello."), "what stands in a thought was not called"
 
 
 # -- rendering ---------------------------------------------------------------------------------------------

@@ -553,3 +553,22 @@ def test_a_benchmark_starts_as_the_readme_says(name):
     else:
         done = warm.run(*command)
     assert done.returncode == 0 and f"benchmarks.{name}" in done.stdout, done.stderr[-500:]
+
+
+@pytest.mark.parametrize(
+    ("script", "stage", "flags"),
+    [(train, "train_sft", ["--stage", "sft", "--model", "M", "--data", "D", "--out", "O"]),
+     (evaluation, "evaluate", ["--model", "M", "--out", "O"])],
+)  # fmt: skip
+def test_a_rank_that_fails_does_not_wait_for_the_others(monkeypatch, script, stage, flags):
+    """With NCCL to leave the process group would: torchrun ends them once this one is gone."""
+    left = []
+    monkeypatch.setattr(script.parallel, "stop", lambda: left.append(True))
+
+    def fail(cfg):
+        raise BadInput("no")
+
+    monkeypatch.setattr(script, stage, fail)
+    with pytest.raises(BadInput, match="no"):
+        script.main(flags)
+    assert not left

@@ -175,6 +175,19 @@ def test_words_and_thoughts_stay_beside_their_call():
     assert reply == Message("assistant", "<think>Which one?</think>", HELD[0].calls)
 
 
+def test_a_call_inside_a_thought_was_not_made():
+    block = IN_TEXT["content"]
+    thought = f"<think>\nI could write {block}, but the customer did not confirm.\n</think>\n\n"
+    speaks = '<tool_call>{"name": "respond", "arguments": {"content": "It is held."}}</tool_call>'
+    for text, expected in (
+        (thought + "Shall I?", Message("assistant", thought + "Shall I?")),
+        (f"{thought}Moment.\n{block}", Message("assistant", thought + "Moment.", HELD[0].calls)),
+        (thought + speaks, Message("assistant", thought + "It is held.")),
+    ):
+        (reply, *_) = conversation({"messages": [ASK, {"role": "assistant", "content": text}, ASK, BYE]}, 1).messages
+        assert reply == expected
+
+
 def test_a_call_of_respond_is_speech_unless_it_is_a_tool_or_has_words_beside_it():
     block = '<tool_call>{"name": "respond", "arguments": {"content": "It is held."}}</tool_call>'
 

@@ -12,7 +12,7 @@ import train
 from minitau import batch, config, grpo
 from minitau.attention import packed_attention
 from minitau.curriculum import Curriculum
-from minitau.episode import Stop, Task
+from minitau.episode import EpisodeError, Stop, Task
 
 LN2 = math.log(2)
 
@@ -510,6 +510,13 @@ def test_tasks_are_drawn_again_for_groups_that_teach_nothing(monkeypatch):
     tallies = {task_id: tuple(curriculum.tallies[f"desk/train/{task_id}"]) for task_id in ids}
     expected = {TEACHES: (1, 2), FAILS: (0, 2), SOLVES: (2, 2), BREAKS: (0, 0)}
     assert tallies == {task_id: expected[outcome] for task_id, outcome in zip(ids, outcomes)}
+
+
+def test_nothing_more_is_played_once_most_of_a_step_has_broken(monkeypatch):
+    with pytest.raises(EpisodeError, match="4 of 6 episodes broke on our side"):
+        drawn(monkeypatch, [BREAKS, TEACHES, BREAKS])
+    _, _, _, rounds, _ = drawn(monkeypatch, [TEACHES, FAILS, TEACHES, BREAKS, TEACHES])
+    assert list(map(len, rounds)) == [3, 1, 1], "a round of a few says little of the world"
 
 
 def test_a_batch_that_stays_short_is_filled(monkeypatch):

@@ -87,6 +87,16 @@ def test_what_was_kept_and_lost_is_counted_by_domain_and_in_all():
     assert len(rejection.kept_rows(groups[:3], kept)) == 1  # one domain needs no sum
 
 
+def test_a_task_that_keeps_a_partial_attempt_beside_a_success_of_mistakes_is_no_solved_one():
+    wrong = attempt(1.0, (True,))
+    wrong.turns = [Turn(1, 2, 0, "there is no such tool")]
+    group = [wrong, attempt(0.0, (True, True, False))]
+    kept = rejection.reject([group], 0.6)
+    assert kept == group[1:]
+    (row,) = rejection.kept_rows([group], kept)
+    assert (row["solved"], row["partial"], row["lost"]) == (0, 1, 0)
+
+
 def test_a_database_that_differs_costs_nothing_in_telecom():
     """Most reference solutions of telecom fail that check: an attempt must not be dropped for it."""
     right = attempt(0.0, (True, True))
