@@ -5,11 +5,22 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from minitau.episode import BadInput
-from minitau.log import MetricsLog, metrics_of, open_to_append, run_script, whole_lines, write_jsonl, written_whole
+from minitau.log import (
+    Clock,
+    MetricsLog,
+    metrics_of,
+    open_to_append,
+    run_script,
+    whole_lines,
+    write_jsonl,
+    written_whole,
+)
 
 
 def test_numbers_that_json_cannot_say_are_null(tmp_path):
@@ -34,6 +45,50 @@ def test_a_resumed_run_drops_the_steps_that_come_again(tmp_path):
     assert len(metrics_of(tmp_path / "metrics.jsonl")) == 5, "only the first rank writes"
     MetricsLog(tmp_path, is_done=lambda step: step <= 3, enabled=True)
     assert [row["step"] for row in metrics_of(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_other_logs_get_every_number_and_a_resumed_run_goes_on_in_them(tmp_path, monkeypatch):
+    begun, rows, scalars = [], [], []
+    (tmp_path / "config.json").write_text('{"lr": 1.0}')
+
+    def init(**settings):
+        begun.append(settings)
+        return SimpleNamespace(
+            log=rows.append, define_metric=lambda name, step_metric: rows.append((name, step_metric))
+        )
+
+    def writer(folder, purge_step):
+        begun.append((folder, purge_step))
+        return SimpleNamespace(add_scalar=lambda *each: scalars.append(each))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
+    for step, done in ((1, 0), (2, 1)):
+        log = MetricsLog(tmp_path, is_done=lambda s: s <= done, enabled=True, wandb=True, tensorboard=True)  # noqa: B023
+        log.start("GRPO", 2, done)
+        log.write({"step": step, "reward": 0.5, "share": {"rollout": 0.25}, "stops": {}, "note": "text"}, ("reward",))
+        log.finish()
+    first, board, again, board_again = begun
+    assert first["id"] == again["id"] and again["resume"] == "allow" and again["config"] == {"lr": 1.0}
+    assert board == (str(tmp_path / "tensorboard"), 1) and board_again[1] == 2
+    flat = [{"step": step, "reward": 0.5, "share/rollout": 0.25} for step in (1, 2)]
+    assert rows == [("*", "step"), flat[0], ("*", "step"), flat[1]]
+    assert scalars == [(name, value, row["step"]) for row in flat for name, value in row.items()]
+
+
+def test_a_share_is_the_part_of_a_step_that_a_phase_took():
+    clock = Clock()
+    for _ in range(2):
+        with clock.phase("rollout"):
+            time.sleep(0.02)
+    with clock.phase("update"):
+        time.sleep(0.01)
+    time.sleep(0.02)
+    found = clock.report()
+    seconds, share = found["seconds"], found["share"]
+    assert seconds["rollout"] >= 0.04 and seconds["update"] >= 0.01
+    assert seconds["total"] >= seconds["rollout"] + seconds["update"] + 0.02
+    assert share == {name: pytest.approx(seconds[name] / seconds["total"]) for name in ("rollout", "update")}
 
 
 def test_an_empty_line_is_none_and_moves_no_number(tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import warm
@@ -16,9 +17,9 @@ from minitau import cli, config, demo, pretrained, sft, study
 from minitau.curriculum import Curriculum
 from minitau.envs import open_world
 from minitau.envs.courier.tasks import TURNS
-from minitau.episode import BadInput, Evaluation, Stop, Task, Trajectory
+from minitau.episode import BadInput, Check, Evaluation, Stop, Task, Trajectory
 from minitau.estimators import bootstrap_interval
-from minitau.log import run_script, whole_lines
+from minitau.log import run_script, whole_lines, write_jsonl
 from minitau.pooled import episodes_played, gain, pooled
 from minitau.tasks import for_training
 
@@ -292,6 +293,52 @@ def test_the_summary_of_what_is_finished(ran, played):
     assert all(text.count(f"\n{stage} ") >= 4 for stage in STAGES) and "grpo over rft: " in text
     with pytest.raises(BadInput, match="nothing in"):
         study.summary(dataclasses.replace(played, seeds=("5",)))
+
+
+def write_evaluation(part, reward):
+    """What a part of a study leaves behind: two tasks whose one check passes or fails with the reward."""
+    folder = part.proof.parent if part.what != "demo" else part.proof.parent / "eval-rft"
+    for place in (folder, *([folder.with_name("eval-grpo")] if part.what == "demo" else [])):
+        place.mkdir(parents=True)
+        rewarded = reward if place is folder else 1.0
+        check = Check("action", "hold", rewarded == 1.0)
+        played = [
+            Trajectory(Task("desk", "test", name), i, stop=Stop.USER_STOP, evaluation=Evaluation(rewarded, (check,)))
+            for name in "abcd"
+            for i in range(4)
+        ]
+        write_jsonl(place / "episodes-0.jsonl", (t.to_json() for t in played))
+        (place / "results.json").write_text("[]")
+    part.proof.write_text("[]")
+
+
+def test_a_study_plays_its_parts_and_says_what_grpo_adds(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def play(waiting, logs, jobs):
+        seen.append((list(waiting), logs, jobs))
+        for part in waiting:
+            if part.what != "shuffled":
+                write_evaluation(part, 0.0)
+        return [part for part in waiting if part.what == "shuffled"]
+
+    monkeypatch.setattr(study.parts, "play", play)
+    with pytest.raises(BadInput, match=r"not all is done \(seed 0, shuffled; seed 1, shuffled failed\)"):
+        study.main(["--out", str(tmp_path / "out"), "--seeds", "0,1", "--jobs", "3"])
+    ((waiting, logs, jobs),) = seen
+    assert logs == tmp_path / "out" / "logs" and jobs == 3
+    names = ["more-rft", "no-curriculum", "shuffled"]
+    assert [part.seed for part in waiting if part.what == "demo"] == ["0", "1"]
+    assert [part.what for part in waiting if part.seed == "0"] == ["demo", *names, "two-ranks"]
+    assert [part.what for part in waiting if part.seed == "1"] == ["demo", *names]
+    assert [part.what for part in waiting if part.processes == 2] == ["two-ranks"]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    gains = {each["over"]: (each["gain"], each["seeds"]) for each in found["gains"]}
+    assert gains["rft"] == gains["more-rft"] == (1.0, ["0", "1"]) and gains["two-ranks"] == (1.0, ["0"])
+    assert "shuffled" not in gains and found["changes"] == {"rft to grpo": ANY}
+    assert "More often right: calling hold (0% to 100%)" in found["changes"]["rft to grpo"]
+    text = (tmp_path / "out" / "table.txt").read_text()
+    assert text in capsys.readouterr().out and "grpo over rft: +100.0 points of pass@1" in text
 
 
 def test_seeds_are_pooled_task_by_task():
