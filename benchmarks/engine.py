@@ -49,6 +49,7 @@ import torch
 
 from benchmarks.engine_load import Load, measure_rollout
 from benchmarks.mfu import SHAPES, among, where
+from benchmarks.random_run import peak_gb
 from minitau import batch, config, parallel, pretrained, probe, rollout, run, tiny
 from minitau.chat import Chat, load_chat
 from minitau.engines import handover
@@ -202,11 +203,6 @@ def reset_peak() -> None:
 
 def allocated_gb() -> float:
     return torch.cuda.memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
-
-
-def peak_gb() -> float:
-    """The most that was allocated here since reset_peak."""
-    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
 
 
 def measure_drift(engine: SGLangEngine, weights: parallel.FullWeights, both: SimpleNamespace) -> dict[str, Any]:

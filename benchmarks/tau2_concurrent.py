@@ -172,7 +172,7 @@ def play(world: Tau2, tasks: Sequence[Task], agent: Scripted, label: str) -> dic
 # --- tau2's own gym ---
 
 
-def play_in_gym(url: str, tasks: Sequence[Task], agent: Scripted) -> dict[str, Any]:
+def play_in_gym(url: str, tasks: Sequence[Task]) -> dict[str, Any]:
     """The same episodes, each a coroutine, all in one event loop, where every reset and step blocks the loop."""
     from tau2.gym.gym_agent import AgentGymEnv
 
@@ -222,7 +222,7 @@ def measure(episodes: int, gym: int) -> dict[str, Any]:
         }  # fmt: skip
         if gym:
             chosen = training_tasks(world, gym)
-            threads, loop = play(world, chosen, agent, "few"), play_in_gym(url, chosen, agent)
+            threads, loop = play(world, chosen, agent, "few"), play_in_gym(url, chosen)
             report |= {"gym_episodes": gym, "gym, threads": threads, "gym, one event loop": loop}
             report["event loop / threads"] = loop["seconds"] / threads["seconds"]
     return report

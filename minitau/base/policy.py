@@ -167,7 +167,7 @@ def write_act(rng: Random, d: Domain, act: Act) -> str:
     noes = [rule for rule in rules if rule.reason]
     text = head
     if noes:
-        clauses = [write_no(rng, d, rule) for rule in noes]
+        clauses = [write_no(rng, rule) for rule in noes]
         lead = rng.choice((", but not if ", ", not if ", "; no if ", " unless "))
         text += lead + " or ".join(clauses)
         if len(noes) == 1 and noes[0].over and rng.random() < 0.3:
@@ -176,17 +176,17 @@ def write_act(rng: Random, d: Domain, act: Act) -> str:
         if not rule.reason:
             other = rule.instead
             what = d.hand_over if not other else other.verb + (f" by the {d.number}" if other.argument else "")
-            when = write_condition(rng, d, rule)
+            when = write_condition(rng, rule)
             text += rng.choice((f", but if {when} {what}", f"; if {when}, {what}", f"; {what} if {when}"))
     return f"{text}." if rules or text != capital(act.verb) else ""
 
 
-def write_no(rng: Random, d: Domain, rule: Rule) -> str:
-    when = write_condition(rng, d, rule)
+def write_no(rng: Random, rule: Rule) -> str:
+    when = write_condition(rng, rule)
     return rng.choice((f'{when} ("{rule.reason}")', f'{when}: "{rule.reason}"', f'{when}, that is "{rule.reason}"'))
 
 
-def write_condition(rng: Random, d: Domain, rule: Rule) -> str:
+def write_condition(rng: Random, rule: Rule) -> str:
     if rule.over:
         how = rng.choice(("over", "over", "above", "more than"))
         return f"{rng.choice(('', 'the '))}{rule.field} is {how} {rule.value}"

@@ -13,23 +13,19 @@ TRAINED_IDS = tuple(str(n) for n in (*range(100, 600), *range(900, 1000)))
 HELD_OUT_IDS = tuple(str(n) for n in range(600, 700))
 
 # The things that a desk looks after.
-THINGS = (
-    """
+THINGS = """
 bike boat book card table room lesson meter ticket lease tent piano lamp drone camera garden roof oven clock kayak
 truck trailer scooter violin sofa printer router laptop tablet pump heater mower ladder saddle jacket helmet suit
 passport permit licence policy loan account invoice contract seat cabin desk shelf stall plot barn horse dog cat plant
 painting statue carpet mirror window engine battery tyre bench bottle brush bucket cable candle canvas chain chair
 chest coat coin couch crate cup curtain cushion dish drill drum dress fan fence file filter flag flute fork frame
 fridge glove guitar hammer harness hat hook hose jar kettle key kite knife lens letter lift lock log map mask medal
-mill mixer model mug net note oar pan pass pen phrase pipe plate pot press puzzle quiz rack radio raft rake ring
+mill mixer model mug net note oar pan pass pen phrase pipe plate pot puzzle quiz rack radio raft rake ring
 robot rope rug safe sail sample saw scale scarf screw seal shed shirt shoe shovel sign sink skate ski sock spade spoon
 stamp stool stove strap string swing tank tap tile tool torch tower toy track trap tray trumpet trunk tub tunnel
-umbrella unit van vase vest wallet watch wheel whistle wig wire yacht zip album anchor apron arch badge balloon banner
+umbrella unit vase vest wallet watch wheel whistle wig wire yacht zip album anchor apron arch badge balloon banner
 barrel basket bath beam bell belt bin blanket boiler bolt bowl box bridge bulb bus button cart
-""".replace(" van ", " ")
-    .replace(" press ", " ")
-    .split()
-)
+""".split()
 HELD_OUT_THINGS = "telescope sled quilt canoe harp beehive lantern wagon turbine easel".split()
 SYLLABLES = (
     "ba bel cor da dro fen gal gri ho jun ka kel lo mar mi nor ol pra qui ra ros sa sel ta tor u vel wi zan".split()
@@ -79,21 +75,17 @@ CHOICES = {  # what an act can be given, besides the thing
         f"{n} {word}" for n in range(1, 10) for word in ("Hill", "Lake", "Mill", "Park", "Bay", "Dale", "Road")
     ),
 }
-VERBS = (
-    """
+VERBS = """
 swap mend paint renew lock clean rename print charge pause upgrade split share wrap store ship polish tune mark archive
 close open copy lend sell weigh test block free list register insure label update bend bind bless boil boost bottle
 brush build burn bury buy carve cast chain chop claim climb collect comb cook count cover crush cut deal dig drain draw
 dress drop dry dust feed fetch file fill fix flip float fold frame freeze glue grade grease greet grow guard hang heat
 hide hire hook hunt iron join judge keep knit land lay lease lift light limit link load measure melt merge mix mount nail
-name order pack park paste patch pay peel pick pin plant play plug post pour press pull pump push quote rate reset rest
-return ring roll rub save scan scrub seal season serve sew shake shape sharpen shave show shrink sign sketch slice sort
+name order pack park paste patch pay peel pick pin plant play plug post pour pull pump push quote rate reset rest
+return ring roll rub save scan scrub seal season serve sew shake shape sharpen shave shrink sign sketch slice sort
 stamp steam sting stir stretch strip study sweep tag tape taste teach tie tow trade train treat trim turn twist vote wash
 water wax weave wipe wire
-""".replace(" press ", " ")
-    .replace(" show ", " ")
-    .split()
-)
+""".split()
 LOOKUPS = "find read fetch load check see open view get inspect examine pull_up".split()
 LOGINS = "login sign_in identify check_person who_is authenticate admit greet recognise check_in prove welcome".split()
 HAND_OVERS = (

@@ -59,7 +59,7 @@ def expert(agenda: Agenda, heard: str, flaws: frozenset[str], rng: Random) -> Sc
         yield from transfer()
     known: dict[str, str] = {}  # the parcels looked up, as they were read out
     for wish in agenda.wishes:
-        heard = yield from serve(agenda, wish, heard, known, flaws, rng)
+        heard = yield from serve(wish, heard, known, flaws, rng)
     while True:  # only a flawed agent comes here with the customer still waiting
         yield say("Sorry, not possible.")
 
@@ -79,7 +79,7 @@ def verify(agenda: Agenda, heard: str, flaws: frozenset[str], rng: Random) -> Ge
     return False
 
 
-def serve(agenda: Agenda, wish: Wish, heard: str, known: dict[str, str], flaws: frozenset[str], rng: Random) -> Script:
+def serve(wish: Wish, heard: str, known: dict[str, str], flaws: frozenset[str], rng: Random) -> Script:
     """Settle one wish; returns what the customer says then."""
     if wish.parcel not in heard:
         first = heard
