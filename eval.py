@@ -21,16 +21,17 @@ from typing import Any
 
 import torch
 
-from minitau import checkpoint, cli, config, parallel, pretrained, rollout, tau2_results
+from minitau import cli, config, parallel, pretrained, rollout, tau2_results
 from minitau.chat import Chat
 from minitau.engines import check_engine, open_engine
 from minitau.envs import open_world
 from minitau.episode import BadInput, EpisodeError, Task, Trajectory, World
 from minitau.estimators import bootstrap_interval, counted, mean_over_tasks, pass_at_k, pass_hat_k
-from minitau.log import open_to_append, progress_bar, run_script
+from minitau.files import open_to_append, write_json
 from minitau.model import Qwen3
 from minitau.report import by_domain, every_k, read_episodes, table, tallies
 from minitau.run import claim_run_dir, open_chat
+from minitau.script import progress_bar, run_script
 from minitau.tasks import FLOORS, fingerprint, for_evaluation
 
 
@@ -189,7 +190,7 @@ def main(argv: list[str]) -> None:
         rollout.require_room(played)
         if rows[-1]["pass@1"] is None:
             raise EpisodeError(f"no episode has a verdict; the first broke by {played[0].detail}; --resume plays again")
-        checkpoint.write_json(Path(cfg.out) / "results.json", rows)
+        write_json(Path(cfg.out) / "results.json", rows)
         for each in (each for each in rows if each["unreliable"]):
             where = f"{each['stage']} on {each['domain']}: {each['errors']} of {each['episodes']}"
             print(f"eval.py: {where} EPISODES BROKE ON OUR SIDE: do not trust this score; --resume plays them again")

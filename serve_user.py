@@ -35,8 +35,8 @@ from minitau.engines.launch import ENVIRONMENT, command_line
 from minitau.engines.server import HOST, Server, healthy, port_is_taken
 from minitau.engines.upkeep import DEATHS, LONG_LIFE
 from minitau.episode import Action, BadInput, Engine, EngineError, Opening, Sampling
-from minitau.log import run_script
 from minitau.run import open_chat
+from minitau.script import run_script
 
 LOOK_SECONDS = 60.0  # between two looks whether SGLang is well
 SILENT_SECONDS = 60.0  # after which a client that says nothing more is left

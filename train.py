@@ -28,7 +28,8 @@ from minitau.curriculum import Curriculum
 from minitau.engines import check_engine, open_engine
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory, World
-from minitau.log import Clock, file_sha256, run_script, write_jsonl
+from minitau.files import file_sha256, write_json, write_jsonl
+from minitau.log import Clock
 from minitau.model import Qwen3
 from minitau.probe import sync
 from minitau.run import (
@@ -45,6 +46,7 @@ from minitau.run import (
     say,
     update,
 )
+from minitau.script import run_script
 from minitau.tasks import Chosen, fingerprint, for_training, screen
 
 Group = tuple[list[Trajectory], list[float]]  # the attempts at one task, and their shaped rewards
@@ -60,7 +62,7 @@ def train_sft(cfg: config.SFT) -> None:
     sft.require_enough(data, cfg.max_refused)  # before the folder is claimed
     run = open_run("sft", cfg, data_sha256=file_sha256(cfg.data))
     if parallel.is_main():
-        checkpoint.write_json(run.dir / "data_report.json", data.report())
+        write_json(run.dir / "data_report.json", data.report())
     fit(run, cfg, data.trajectories)
 
 
@@ -316,7 +318,7 @@ def screened(cfg: config.RFT | config.GRPO, chosen: Chosen, world: World, run: R
     if parallel.is_main() and not path.is_file():
         unknown = [task for task, pays in chosen.items() if pays is None]
         found = {**chosen, **(screen(world, unknown) if unknown else {})}
-        checkpoint.write_json(path, [task.key for task, pays in found.items() if pays])
+        write_json(path, [task.key for task, pays in found.items() if pays])
     parallel.barrier()
     free = set(read_screened(path))
     say(f"left out {len(free)} of {len(chosen)} tasks that pay for refusing or transferring at once")
@@ -378,7 +380,7 @@ def report_kept(run: Run, groups: Sequence[Sequence[Trajectory]], kept: Sequence
     rows = rejection.kept_rows(groups, kept)
     say(rejection.kept_table(rows))
     if parallel.is_main():
-        checkpoint.write_json(run.dir / "rft_report.json", rows)
+        write_json(run.dir / "rft_report.json", rows)
 
 
 def fit(run: Run, cfg: config.SFT | config.RFT, trajectories: list[Trajectory], steps_before: int = 0) -> None:

@@ -36,7 +36,8 @@ from benchmarks.mfu import SHAPES, where
 from benchmarks.random_run import free_everything, random_model
 from minitau import checkpoint, parts, pretrained, tiny
 from minitau.episode import BadInput
-from minitau.log import metrics_of, run_script
+from minitau.log import metrics_of
+from minitau.script import run_script
 
 HELD = 4  # the step whose checkpoint is gone on from
 LOOK = 2  # steps after it that are compared

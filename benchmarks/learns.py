@@ -26,7 +26,9 @@ from typing import Any, NamedTuple
 
 from benchmarks.mfu import where
 from minitau import demo, memory, parts, plot, pretrained
-from minitau.log import metrics_of, run_script, written_whole
+from minitau.files import written_whole
+from minitau.log import metrics_of
+from minitau.script import run_script
 
 MARKER = ".minitau-learns"  # says that a folder is such a run's
 ENDS = 10  # steps at either end of a run

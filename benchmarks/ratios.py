@@ -28,7 +28,7 @@ from benchmarks.mfu import SHAPES, among, where
 from benchmarks.peers import TRAIN
 from benchmarks.random_run import lengths_of
 from minitau.episode import BadInput
-from minitau.log import run_script
+from minitau.script import run_script
 
 Speed = dict[str, float]  # tokens_per_second, mfu, peak_gb
 OURS = {"auto": "recompute auto", "all": "recompute all"}  # how blocks are recomputed: as the trainer's report has it

@@ -41,7 +41,8 @@ from benchmarks.random_run import random_model
 from minitau import cli, config, plan, pretrained, tiny
 from minitau.budget import Case
 from minitau.episode import BadInput, Trajectory
-from minitau.log import run_script, whole_lines
+from minitau.files import whole_lines
+from minitau.script import run_script
 
 TOKENS = 4096  # that the tokenizer learns; the others are pairs of them
 END = 7.0  # times as long as another token's is the embedding of the one that ends a reply: after 59 at 4B, on average

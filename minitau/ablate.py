@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitau import checkpoint, cli, demo, parts, report
+from minitau import cli, demo, parts, report
 from minitau.ablations import DEFAULT, GROUPS, SETTINGS, Setting, by_name, markdown, sentence
 from minitau.config import setting
 from minitau.episode import BadInput, Trajectory
-from minitau.log import metrics_of, run_script
+from minitau.files import write_json
+from minitau.log import metrics_of
 from minitau.parts import ROOT, Part
 from minitau.pooled import episodes_played, gain, pooled
+from minitau.script import run_script
 
 MARKER = ".minitau-ablate"
 OWN = demo.Demo()  # sizes and seed of a pipeline that has to be made
@@ -256,7 +258,7 @@ def main(argv: Sequence[str]) -> None:
     sizes = f"--episodes {cfg.episodes} --tasks {cfg.tasks}"
     command = f"python -m minitau.ablate --model MODEL --seeds {seeds} {sizes} --out OUT"
     text = markdown(rows, command)
-    checkpoint.write_json(out / "results.json", {"command": command, "rows": rows})
+    write_json(out / "results.json", {"command": command, "rows": rows})
     (out / "table.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\n{out / 'results.json'} and {out / 'table.md'} are written")
     if failed:

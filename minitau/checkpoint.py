@@ -11,7 +11,6 @@ No random state is kept because there is none: every draw is seeded by (seed, st
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import threading
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from minitau import host, memory, parallel, pretrained
-from minitau.log import written_whole
+from minitau.files import write_json
 from minitau.model import Qwen3
 from minitau.pretrained import CheckpointError
 
@@ -219,11 +218,3 @@ def load(
             advice = "it is the only one: choose another --out, or remove the run to start over"
         raise CheckpointError(f"{place}: cannot be read ({why}); {advice}") from None
     return state
-
-
-def write_json(path: Path, row: Any) -> None:
-    """Write JSON whole or not at all, and have it on the disk."""
-    with written_whole(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
-        json.dump(row, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())

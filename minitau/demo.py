@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitau import checkpoint, cli, config, parts, picture, report
+from minitau import cli, config, parts, picture, report
 from minitau.claim import lock, refusing
 from minitau.config import setting
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory
-from minitau.log import file_sha256, metrics_of, run_script
+from minitau.files import file_sha256, write_json
+from minitau.log import metrics_of
 from minitau.parts import ROOT
+from minitau.script import run_script
 from minitau.tasks import FLOORS
 
 MARKER = ".minitau-demo"  # says that a folder is a demo's
@@ -223,7 +225,7 @@ def main(argv: list[str]) -> None:
     picture.draw(out / "learning.png", rows, curves)
     print(f"\n{report.table(rows)}\n")
     print(f"{comparison(cfg, width=min(140, shutil.get_terminal_size((120, 24)).columns))}\n")
-    checkpoint.write_json(out / "results.json", rows)  # last: it says that the demo is done
+    write_json(out / "results.json", rows)  # last: it says that the demo is done
     print(f"{out / 'results.json'} and {out / 'learning.png'} are written; {time.perf_counter() - start:.0f} s in all")
 
 

@@ -22,7 +22,9 @@ from minitau import catalogue, cli, report
 from minitau.claim import FREE_ON_RESUME
 from minitau.config import setting
 from minitau.episode import BadInput
-from minitau.log import metrics_of, run_script, written_whole
+from minitau.files import written_whole
+from minitau.log import metrics_of
+from minitau.script import run_script
 
 # See student(): from 1 degree of freedom on; the last one stands for all after it.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

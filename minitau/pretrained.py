@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitau.episode import BadInput
-from minitau.log import file_sha256
+from minitau.files import file_sha256
 from minitau.model import ModelConfig, Qwen3
 
 SHARD_BYTES = 4 << 30

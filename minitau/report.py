@@ -18,7 +18,7 @@ from typing import Any
 
 from minitau.config import SCRIPTED
 from minitau.episode import BadInput, Check, Message, Stop, Trajectory
-from minitau.log import numbered_lines
+from minitau.files import numbered_lines
 
 # -- episodes on disk ----------------------------------------------------------------------------------
 

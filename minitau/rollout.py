@@ -30,8 +30,8 @@ from minitau.episode import (
     Trajectory,
     World,
 )
-from minitau.log import progress_bar
 from minitau.reward import partial
+from minitau.script import progress_bar
 
 TEND_SECONDS = 0.2  # between two looks of the waiting thread after its engine
 POLL_SECONDS = 0.02  # likewise, once its own threads are done

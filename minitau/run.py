@@ -21,7 +21,8 @@ from minitau import batch, checkpoint, claim, config, memory, parallel, pretrain
 from minitau.attention import has_kernel, packed_attention
 from minitau.chat import Chat, load_chat
 from minitau.episode import BadInput, Trajectory
-from minitau.log import MetricsLog, check_log, metrics_of, write_jsonl
+from minitau.files import write_jsonl
+from minitau.log import MetricsLog, check_log, metrics_of
 from minitau.model import Qwen3
 
 

@@ -25,8 +25,9 @@ from minitau.chat import Chat, ChatError, load_chat
 from minitau.conversations import Conversation, DataError, Refused, read_conversations
 from minitau.envs import open_world, origin
 from minitau.episode import BadInput, Completion, Demonstration, EpisodeError, Message, Task, Trajectory
-from minitau.log import progress_bar, run_script, write_jsonl
+from minitau.files import write_jsonl
 from minitau.report import aligned
+from minitau.script import progress_bar, run_script
 from minitau.tasks import for_training
 
 SHOWN = 3  # lines of a file that a summary names; the report names all

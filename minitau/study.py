@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitau import checkpoint, cli, config, demo, parts, report, tasks
+from minitau import cli, config, demo, parts, report, tasks
 from minitau.config import setting
 from minitau.envs import open_world
 from minitau.episode import BadInput, Trajectory
-from minitau.log import run_script
+from minitau.files import write_json
 from minitau.parts import Part
 from minitau.pooled import episodes_played, gain, pooled, together
+from minitau.script import run_script
 
 MARKER = ".minitau-study"
 STAGES = (*tasks.FLOORS, "base", "sft", "rft", "grpo")  # of a demo, in order
@@ -179,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
     failed = parts.play([*demos, *arms], out / "logs", cfg.jobs)
     result = summary(cfg)
     text = as_text(result)
-    checkpoint.write_json(out / "results.json", result)
+    write_json(out / "results.json", result)
     (out / "table.txt").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\n{out / 'results.json'} and {out / 'table.txt'} are written")
     if failed:

@@ -21,8 +21,9 @@ from typing import Any
 from minitau import cli, config
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, World
-from minitau.log import file_sha256, progress_bar, run_script, write_jsonl
+from minitau.files import file_sha256, write_jsonl
 from minitau.report import aligned
+from minitau.script import progress_bar, run_script
 
 FLOORS = ("refuse", "transfer")  # the scripts that do nothing for the customer
 

@@ -30,7 +30,7 @@ from minitau.envs.tau2.domain import open_domain, read_policies
 from minitau.envs.tau2.install import COMMIT
 from minitau.envs.tau2.world import MAX_ERRORS
 from minitau.episode import Message, Stop, Trajectory
-from minitau.log import written_whole
+from minitau.files import written_whole
 
 # tau2 knows fewer reasons to end. It scores the first two, and gives 0 to any other.
 REASONS = {

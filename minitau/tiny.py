@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from minitau import checkpoint, cli, config, pretrained, sft
+from minitau import cli, config, pretrained, sft
 from minitau.config import setting
 from minitau.envs import open_world
 from minitau.episode import BadInput
-from minitau.log import run_script
+from minitau.files import write_json
 from minitau.model import ModelConfig, Qwen3, init_weights
+from minitau.script import run_script
 
 # Where a token must end. Punctuation keeps together across a space, as JSON writes it (`": "`).
 WORDS = r" ?[a-z]+|[A-Z][A-Za-z]*|[0-9]{1,3}|[^A-Za-z0-9\s]+(?: [^A-Za-z0-9\s]+)*(?: (?=[A-Z0-9]))?|\s"
@@ -121,7 +122,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int):
     tokenizer = train_tokenizer(texts, vocab_size)
     tokenizer.save_pretrained(folder)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    checkpoint.write_json(folder / "generation_config.json", ends)
+    write_json(folder / "generation_config.json", ends)
     return tokenizer
 
 

@@ -23,7 +23,7 @@ from minitau import catalogue, cli, page, report
 from minitau.catalogue import COLUMNS, TEXTS, Entry, Record, Token, Words
 from minitau.config import setting
 from minitau.episode import BadInput, Turn
-from minitau.log import run_script
+from minitau.script import run_script
 
 MOST = 2000  # letters shown of one message, unless all are asked for
 WIDEST = 160  # columns; longer lines are hard to read

@@ -13,7 +13,7 @@ import pytest
 import train
 from minitau.envs import open_world
 from minitau.episode import Completion, Message, Task
-from minitau.log import run_script
+from minitau.script import run_script
 
 SORRY = Message("assistant", "I am sorry, I cannot help you.")
 

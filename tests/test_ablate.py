@@ -12,8 +12,8 @@ import warm
 from minitau import ablate, cli, config, demo
 from minitau.ablations import SETTINGS, by_name, markdown, sentence
 from minitau.episode import BadInput
-from minitau.log import run_script
 from minitau.parts import commits
+from minitau.script import run_script
 
 PLACES = {"model", "out", "seed", "steps", "episodes"}
 

@@ -53,12 +53,26 @@ def module(name):
 IMPORTS = {name: {module(each) for each in imported(ast.walk(tree))} - {None, name} for name, tree in TREES.items()}
 GROUND = {
     f"minitau.{name}"
-    for name in ("episode", "attention", "head", "model", "parallel", "grpo", "config", "log", "estimators")
+    for name in (
+        "episode",
+        "attention",
+        "head",
+        "model",
+        "parallel",
+        "grpo",
+        "config",
+        "files",
+        "script",
+        "log",
+        "estimators",
+    )
 }
 # What stands on the ground floor may be used there by what is made of it.
 PARTS = {
     "minitau.config": {"minitau.episode"},
-    "minitau.log": {"minitau.episode"},
+    "minitau.files": {"minitau.episode"},
+    "minitau.script": {"minitau.episode"},
+    "minitau.log": {"minitau.episode", "minitau.files", "minitau.script"},
     "minitau.model": {"minitau.attention", "minitau.head"},
 }
 UPPER = {"minitau.sft", "minitau.tiny", "minitau.base.talk"}  # they speak of worlds and rollouts, but train nothing

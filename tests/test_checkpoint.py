@@ -18,6 +18,7 @@ from minitau import checkpoint, config, host, parallel, pretrained
 from minitau import run as runs
 from minitau.attention import packed_attention
 from minitau.episode import BadInput
+from minitau.files import write_json
 from minitau.pretrained import CheckpointError
 
 # parallel.py silences it for real runs; pytest starts every test with filters of its own.
@@ -279,9 +280,9 @@ def test_leftovers_with_other_contents_do_not_get_into_a_checkpoint(tmp_path):
 
 def test_write_json_never_leaves_half_a_file(tmp_path):
     path = tmp_path / "state.json"
-    checkpoint.write_json(path, {"step": 1})
+    write_json(path, {"step": 1})
     with pytest.raises(TypeError):
-        checkpoint.write_json(path, {"step": 2, "bad": object()})
+        write_json(path, {"step": 2, "bad": object()})
     assert json.loads(path.read_text()) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 

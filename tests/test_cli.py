@@ -30,7 +30,8 @@ import train
 from minitau import ablate, claim, cli, config, demo, plot, run, sft, study, tasks, tiny, view
 from minitau.base import pretrain
 from minitau.episode import BadInput
-from minitau.log import metrics_of, run_script
+from minitau.log import metrics_of
+from minitau.script import run_script
 
 ROOT = Path(__file__).parent.parent
 
@@ -383,7 +384,7 @@ def test_no_disk_space_at_a_checkpoint(tmp_path, tiny_dir, data):
     flags = f"--stage sft --model {tiny_dir} --data {data} --out {tmp_path / 'run'} --batch-size 1 --save-every 1"
     code = (
         "import resource, signal, sys, train\n"
-        "from minitau import checkpoint, log\n"
+        "from minitau import checkpoint, script\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "begin = checkpoint.begin\n"
         "def save(run_dir, step, *args, **kwargs):\n"
@@ -392,7 +393,7 @@ def test_no_disk_space_at_a_checkpoint(tmp_path, tiny_dir, data):
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "    return begin(run_dir, step, *args, **kwargs)\n"
         "checkpoint.begin = save\n"
-        f"sys.exit(log.run_script('train.py', train.main, {flags.split()!r}))\n"
+        f"sys.exit(script.run_script('train.py', train.main, {flags.split()!r}))\n"
     )
     done = warm.run("-c", code)
     assert done.returncode == 1

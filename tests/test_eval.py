@@ -16,7 +16,8 @@ from minitau.envs.courier import Courier
 from minitau.envs.courier.world import IDS
 from minitau.episode import EnvError, Evaluation, Stop, Task, Trajectory, UserError
 from minitau.estimators import bootstrap_interval, pass_at_k, pass_hat_k
-from minitau.log import run_script, whole_lines
+from minitau.files import whole_lines
+from minitau.script import run_script
 
 KEYS = {"stage", "domain", "split", "tasks", "trials", "pass@1", "pass@4", "pass^4", "ci95", "seconds"}
 

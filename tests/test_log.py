@@ -11,16 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from minitau.episode import BadInput
-from minitau.log import (
-    Clock,
-    MetricsLog,
-    metrics_of,
-    open_to_append,
-    run_script,
-    whole_lines,
-    write_jsonl,
-    written_whole,
-)
+from minitau.files import open_to_append, whole_lines, write_jsonl, written_whole
+from minitau.log import Clock, MetricsLog, metrics_of
+from minitau.script import run_script
 
 
 def test_numbers_that_json_cannot_say_are_null(tmp_path):
@@ -107,7 +100,7 @@ def test_an_empty_line_is_none_and_moves_no_number(tmp_path):
 
 def test_a_reader_who_has_seen_enough_is_no_error():
     """As in `python -m minitau.view RUN | head -1`. A broken pipe that is not stdout is one."""
-    many = "import sys; from minitau.log import run_script\n"
+    many = "import sys; from minitau.script import run_script\n"
     many += "sys.exit(run_script('x', lambda argv: print('word\\n' * int(argv[0])), sys.argv[1:]))"
     for lines in ("100000", "3"):
         process = subprocess.Popen(

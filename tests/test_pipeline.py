@@ -19,8 +19,9 @@ from minitau.envs import open_world
 from minitau.envs.courier.tasks import TURNS
 from minitau.episode import BadInput, Check, Evaluation, Stop, Task, Trajectory
 from minitau.estimators import bootstrap_interval
-from minitau.log import run_script, whole_lines, write_jsonl
+from minitau.files import whole_lines, write_jsonl
 from minitau.pooled import episodes_played, gain, pooled
+from minitau.script import run_script
 from minitau.tasks import for_training
 
 ROOT = Path(__file__).parent.parent

@@ -12,8 +12,8 @@ import pytest
 import train
 from benchmarks.mfu import LENGTHS
 from minitau import budget, cli, config, memory, pace, plan
-from minitau.log import run_script
 from minitau.model import ModelConfig
+from minitau.script import run_script
 
 FOUR_B = ModelConfig()
 PARAMETERS = 4_022_468_096

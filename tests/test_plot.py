@@ -9,7 +9,7 @@ import pytest
 
 from minitau import plot
 from minitau.episode import BadInput
-from minitau.log import run_script
+from minitau.script import run_script
 
 
 @pytest.fixture

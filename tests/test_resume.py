@@ -15,7 +15,7 @@ import torch
 import warm
 
 from minitau import pretrained, sft
-from minitau.log import whole_lines
+from minitau.files import whole_lines
 
 # Flags of each stage, and how many lines of metrics it writes.
 EPISODES = "--max-new-tokens 16 --max-turns 3 --max-tokens 1024"
@@ -87,7 +87,7 @@ def test_kill_and_resume(stage, tiny_dir, data, tmp_path):
 
 SLOW_DISK = """
 import os, signal, sys, threading, time, train
-from minitau import checkpoint, log, rollout
+from minitau import checkpoint, rollout, script
 write, collect, events = checkpoint.write, rollout.collect, []
 def slow(run_dir, step, fill, keep):
     time.sleep(3)
@@ -100,7 +100,7 @@ def noted(*args, **kwargs):
         threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT]).start()
     return collect(*args, **kwargs)
 checkpoint.write, rollout.collect = slow, noted
-status = log.run_script("train.py", train.main, FLAGS)
+status = script.run_script("train.py", train.main, FLAGS)
 print(*events, sep="\\n")
 sys.exit(status)
 """

@@ -22,7 +22,7 @@ from minitau import config, sft, tiny
 from minitau.chat import load_chat
 from minitau.conversations import conversation
 from minitau.envs.tau2 import Tau2
-from minitau.log import whole_lines, write_jsonl
+from minitau.files import whole_lines, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 DOMAINS = ("airline", "retail", "telecom")

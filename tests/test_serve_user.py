@@ -27,8 +27,8 @@ from minitau.chat import load_chat
 from minitau.engines import open_engine
 from minitau.envs.courier.tools import schemas
 from minitau.episode import BadInput, Call, Completion, EngineError, Message
-from minitau.log import run_script
 from minitau.pretrained import load_model
+from minitau.script import run_script
 
 TALK = [
     {"role": "system", "content": "You are Ada. You want 787."},

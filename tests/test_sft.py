@@ -27,8 +27,9 @@ from minitau.episode import (
     Task,
     Trajectory,
 )
-from minitau.log import run_script, write_jsonl
+from minitau.files import write_jsonl
 from minitau.rollout import Limits, play
+from minitau.script import run_script
 from minitau.sft import to_trajectory
 
 WORLD = Courier()

@@ -223,7 +223,7 @@ OWNER = """
 import os, sys, time
 from pathlib import Path
 from minitau.engines.server import Server
-from minitau.log import run_script
+from minitau.script import run_script
 command = sys.argv[3:]
 def body(_):
     server = Server(lambda port: [*command, "--port", str(port)], Path(sys.argv[1]), "SGLang")

@@ -11,7 +11,8 @@ from minitau import checkpoint, config, sft, tasks
 from minitau.envs.courier import Courier
 from minitau.envs.courier import world as courier
 from minitau.episode import BadInput, Stop, Task, Trajectory
-from minitau.log import run_script, whole_lines
+from minitau.files import whole_lines
+from minitau.script import run_script
 
 WORLD = Courier()
 TRAIN, TEST = (len(courier.IDS[split]) for split in ("train", "test"))

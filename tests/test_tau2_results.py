@@ -13,8 +13,8 @@ import eval as script
 from minitau import config, tau2_results
 from minitau.episode import Call, Evaluation, Message, Stop, Trajectory, Turn
 from minitau.estimators import mean_over_tasks, pass_hat_k
-from minitau.log import run_script
 from minitau.report import tallies
+from minitau.script import run_script
 
 DOMAINS = ("airline", "retail", "telecom")
 # What plays each trial of the first tasks of a domain that do not pay for refusing: 4, 2 and 1 successes of 4.

@@ -15,7 +15,8 @@ from minitau import sft, tiny
 from minitau.envs.tau2 import Tau2, scripts
 from minitau.envs.tau2.scripts import Reader, script
 from minitau.episode import Action, Call, Demonstration, Message, Stop
-from minitau.log import run_script, whole_lines
+from minitau.files import whole_lines
+from minitau.script import run_script
 
 DOMAINS = ("airline", "retail", "telecom")
 SCRIPT = ("--env", "tau2", "--user-model", "script")

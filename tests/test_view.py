@@ -14,7 +14,8 @@ import train
 from minitau import batch, catalogue, page, view
 from minitau.catalogue import COLUMNS, Entry
 from minitau.episode import BadInput, Call, Check, Evaluation, Message, Stop, Task, Trajectory, Turn
-from minitau.log import run_script, whole_lines
+from minitau.files import whole_lines
+from minitau.script import run_script
 
 SETTINGS = {"stage": "grpo", "importance_cap": 2.0, "sequence_low": 0.5, "sequence_high": 2.0}
 SCRIPT = "<script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\">"

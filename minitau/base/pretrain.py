@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from minitau import checkpoint, cli, parallel, pretrained, tiny
+from minitau import cli, parallel, pretrained, tiny
 from minitau.attention import packed_attention
 from minitau.base import words
 from minitau.base.talk import draw_conversation
@@ -32,9 +32,10 @@ from minitau.chat import Chat, call_text, load_chat
 from minitau.config import setting
 from minitau.engines.local import LocalEngine
 from minitau.episode import BadInput, Message, Sampling
-from minitau.log import run_script
+from minitau.files import write_json
 from minitau.model import Qwen3
 from minitau.run import adamw
+from minitau.script import run_script
 from minitau.sft import Conversation, to_trajectory
 
 FORGETTING = 0.8  # part of the steps in which ids are forgotten
@@ -287,7 +288,7 @@ def main(argv: list[str]) -> None:
     held_out = scores(cfg, pretrained.load_model(folder).requires_grad_(False), chat)
     print(f"held-out domains: {json.dumps(held_out)}")
     settings = {**dataclasses.asdict(cfg), "out": ""}
-    checkpoint.write_json(folder / "pretraining.json", {"settings": settings, "curve": curve, "held_out": held_out})
+    write_json(folder / "pretraining.json", {"settings": settings, "curve": curve, "held_out": held_out})
     print(f"wrote {folder} in {time.perf_counter() - start:.0f} s")
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from minitau.episode import BadInput, EngineError
-from minitau.log import progress_bar
+from minitau.script import progress_bar
 
 HOST = "127.0.0.1"
 KEEPER = Path(__file__).with_name("keeper.py")

@@ -19,7 +19,9 @@ from typing import Any
 
 from minitau import catalogue
 from minitau.catalogue import COLUMNS, TEXTS, Entry, Record, Token, Words
-from minitau.log import finite, progress_bar, written_whole
+from minitau.files import written_whole
+from minitau.log import finite
+from minitau.script import progress_bar
 
 HERE = Path(__file__).parent
 HEAD, FOOT = (HERE / "page.html").read_text(encoding="utf-8").split("<!-- conversations -->\n")
