@@ -30,7 +30,7 @@ from minitau.estimators import bootstrap_interval, counted, mean_over_tasks, pas
 from minitau.files import open_to_append, write_json
 from minitau.model import Qwen3
 from minitau.report import by_domain, every_k, read_episodes, table, tallies
-from minitau.run import claim_run_dir, open_chat
+from minitau.run import claim_on_main, open_chat
 from minitau.script import progress_bar, run_script
 from minitau.tasks import FLOORS, fingerprint, for_evaluation
 
@@ -44,7 +44,7 @@ def evaluate(cfg: config.Evaluation) -> tuple[list[dict[str, Any]], list[Traject
     tasks = for_evaluation(cfg, world)
     policy = open_policy(cfg) if cfg.agent == "policy" else None
     folder = Path(cfg.out)
-    claim_run_dir(cfg, {"script": "eval.py", **fingerprint(cfg)}, cfg.model if policy else "")
+    claim_on_main(cfg, {"script": "eval.py", **fingerprint(cfg)}, cfg.model if policy else "")
     start = time.perf_counter()
     rows = []
     for floor in FLOORS if policy and cfg.floors else ():

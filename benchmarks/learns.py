@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.mfu import where
-from minitau import demo, memory, parts, plot, pretrained
+from minitau import memory, parts, plot, pretrained
+from minitau.claim import claim_for
 from minitau.files import written_whole
 from minitau.log import metrics_of
 from minitau.script import run_script
@@ -150,7 +151,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     out = Path(args.out).resolve()
     told = {name: getattr(args, name) for name in ("world", "shape", "ranks", "seed")} | {"commit": parts.commit()}
-    demo.claim(out, MARKER, told, not args.no_resume)
+    claim_for(MARKER, out, told, not args.no_resume)
     learn(args, out)
     plot.draw(out / "curve.png", plot.groups_of([out / "grpo"]))
     print(json.dumps({**told, **where(), **report(out)}, indent=1))

@@ -21,6 +21,7 @@ from typing import Any
 
 from minitau import cli, demo, parts, report
 from minitau.ablations import DEFAULT, GROUPS, SETTINGS, Setting, by_name, markdown, sentence
+from minitau.claim import claim_for
 from minitau.config import setting
 from minitau.episode import BadInput, Trajectory
 from minitau.files import write_json
@@ -89,7 +90,7 @@ def prepare(cfg: Ablations, out: Path) -> None:
     """Claim OUT and copy into it what runs start from. Raises BadInput if it holds other models or settings."""
     found = {place: demo.weights(*source) for place, source in sources(cfg).items()}  # before anything is written
     sizes = {"episodes": cfg.episodes, "tasks": cfg.tasks, "flags": demo.FLAGS}
-    demo.claim(out, MARKER, json.loads(json.dumps(sizes)), resume=True)
+    claim_for(MARKER, out, json.loads(json.dumps(sizes)), resume=True)
     for place, hashes in found.items():
         source, target = sources(cfg)[place][0], out / "start" / place
         if target.is_dir():

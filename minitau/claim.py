@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,36 @@ def claim_run_dir(
         scratch = path.with_suffix(".tmp")
         scratch.write_text(json.dumps(settings, indent=1))
         scratch.replace(path)
+
+
+def claim_for(marker: str, out: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Make `out` the folder of a command that runs others; without `resume` it starts empty.
+
+    marker: name of the file by which such a folder is known. identity: what makes it this one, recorded there.
+    A folder that holds something else is neither used nor, above all, removed. Raises BadInput for such a folder, and
+    for one of another identity.
+    """
+    path, scratch = out / marker, out / f"{marker}.tmp"
+    if out.is_file():
+        raise BadInput(f"{out} is a file; --out must be a folder")
+    if out.exists() and {entry.name for entry in out.iterdir()} - {scratch.name} and not path.is_file():
+        # (The scratch file is all that a command leaves which was killed while it claimed the folder.)
+        raise BadInput(f"{out} is not empty and was not made by this command; choose another --out")
+    with refusing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock(out.with_name(f".{out.name}.lock"))  # beside it: one inside would go with the folder
+        if not resume:
+            shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(exist_ok=True)
+    settings = json.dumps(identity)
+    if not path.is_file():
+        scratch.write_text(settings)
+        scratch.replace(path)  # whole or not at all: half a marker would be other settings
+    elif path.read_text() != settings:
+        raise BadInput(
+            f"{out} was begun with other settings or another base model; --no-resume starts over, or choose another "
+            "--out"
+        )
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minitau import cli, config, parts, picture, report
-from minitau.claim import lock, refusing
+from minitau.claim import claim_for
 from minitau.config import setting
 from minitau.envs import open_world
 from minitau.episode import BadInput, Task, Trajectory
@@ -146,32 +146,6 @@ def weights(model: Path, flag: str) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in sorted(model.glob("*.safetensors"))}
 
 
-def claim(out: Path, marker: str, identity: dict[str, Any], resume: bool) -> None:
-    """Make a folder ours, under the name `marker`. One that holds something else is neither used nor, above
-    all, removed. Raises BadInput for such a folder, and for one of other settings."""
-    path, scratch = out / marker, out / f"{marker}.tmp"
-    if out.is_file():
-        raise BadInput(f"{out} is a file; --out must be a folder")
-    if out.exists() and {entry.name for entry in out.iterdir()} - {scratch.name} and not path.is_file():
-        # (The scratch file is all that a command leaves which was killed while it claimed the folder.)
-        raise BadInput(f"{out} is not empty and was not made by this command; choose another --out")
-    with refusing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock(out.with_name(f".{out.name}.lock"))  # beside it: one inside would go with the folder
-        if not resume:
-            shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(exist_ok=True)
-    settings = json.dumps(identity)
-    if not path.is_file():
-        scratch.write_text(settings)
-        scratch.replace(path)  # whole or not at all: half a marker would be other settings
-    elif path.read_text() != settings:
-        raise BadInput(
-            f"{out} was begun with other settings or another base model; --no-resume starts over, or choose another "
-            "--out"
-        )
-
-
 # -- what it shows -----------------------------------------------------------------------------------------
 
 
@@ -218,7 +192,7 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     cfg = cli.parse(Demo, "make demo", "base, SFT, RFT and GRPO on one CPU.", argv)
     out = folder(cfg)
-    claim(out, MARKER, identity(cfg, "out"), cfg.resume)
+    claim_for(MARKER, out, identity(cfg, "out"), cfg.resume)
     rows = pipeline(cfg)
     stages = ("sft", "rft", "grpo")
     curves = {stage: metrics_of(out / stage / "metrics.jsonl") for stage in stages}

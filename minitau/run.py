@@ -57,7 +57,7 @@ def open_run(stage: str, cfg: config.Training, keeps: Sequence[str] = (), **also
             every = before.get("save_every", cfg.save_every)
             require_no_lost_checkpoint(folder, played + 2 * every)  # the second waits until the first is written
 
-    claim_run_dir(cfg, {"stage": stage, **also}, cfg.model, not_lost)
+    claim_on_main(cfg, {"stage": stage, **also}, cfg.model, not_lost)
     spread(model, cfg)
     optimizer = adamw(model, cfg)
     state = checkpoint.load(folder, model, optimizer, keeps) if cfg.resume else None
@@ -95,14 +95,16 @@ def open_chat(model_dir: str, dialect: str) -> Chat:
     return load_chat(model_dir, dialect)
 
 
-def claim_run_dir(
+def claim_on_main(
     cfg: Any,
     also: dict[str, Any],
     model_dir: str = "",
     may_go_on: Callable[[dict[str, Any]], None] = lambda before: None,
 ) -> None:
-    """claim.claim_run_dir by the first rank, with the settings, what goes with them, and what the model's files hold;
-    all ranks raise what it raises."""
+    """Have the first rank claim cfg.out, as claim.claim_run_dir does; all ranks raise what it raises.
+
+    also: what makes the run what it is beside its settings. model_dir: what its files hold is recorded too.
+    """
     problem = ""
     if parallel.is_main():
         try:

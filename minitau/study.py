@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from minitau import cli, config, demo, parts, report, tasks
+from minitau.claim import claim_for
 from minitau.config import setting
 from minitau.envs import open_world
 from minitau.episode import BadInput, Trajectory
@@ -174,7 +175,7 @@ def main(argv: Sequence[str]) -> None:
     if cfg.arm:
         return play_arm(demo_of(cfg, cfg.seeds[0]), cfg.arm)
     out = Path(cfg.out).resolve()
-    demo.claim(out, MARKER, demo.identity(cfg, "out", "seeds", "jobs", "arm"), cfg.resume)
+    claim_for(MARKER, out, demo.identity(cfg, "out", "seeds", "jobs", "arm"), cfg.resume)
     demos = [demo_part(cfg, seed) for seed in cfg.seeds]
     arms = [part for seed in cfg.seeds for part in arm_parts(cfg, seed)]
     failed = parts.play([*demos, *arms], out / "logs", cfg.jobs)

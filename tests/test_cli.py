@@ -211,15 +211,15 @@ def test_a_run_goes_on_with_its_data_elsewhere_and_settings_that_came_later(caps
 
 def test_settings_that_came_later_are_what_follows_the_environment(tmp_path):
     cfg = config.Evaluation(out=str(tmp_path / "run"), env="tau2", max_turns=200, resume=True)
-    run.claim_run_dir(cfg, {"script": "eval.py"})
+    run.claim_on_main(cfg, {"script": "eval.py"})
     path = tmp_path / "run" / "config.json"
     settings = json.loads(path.read_text())
     del settings["max_turns"]
     path.write_text(json.dumps(settings))
-    run.claim_run_dir(cfg, {"script": "eval.py"})
+    run.claim_on_main(cfg, {"script": "eval.py"})
     path.write_text(json.dumps(settings))
     with pytest.raises(BadInput, match=r"max_turns \(200, now 24\)"):
-        run.claim_run_dir(dataclasses.replace(cfg, max_turns=24), {"script": "eval.py"})
+        run.claim_on_main(dataclasses.replace(cfg, max_turns=24), {"script": "eval.py"})
 
 
 def test_a_log_that_is_not_installed(capsys, monkeypatch, tmp_path, tiny_dir, data):

@@ -14,6 +14,7 @@ import warm
 import eval as evaluation
 import train
 from minitau import cli, config, demo, pretrained, sft, study
+from minitau.claim import claim_for
 from minitau.curriculum import Curriculum
 from minitau.envs import open_world
 from minitau.envs.courier.tasks import TURNS
@@ -127,7 +128,7 @@ def test_a_demo_needs_a_base_model_and_a_folder_of_its_own(tmp_path, tiny_dir):
 def test_a_demo_killed_while_it_claims_its_folder_goes_on(before, monkeypatch, tmp_path):
     out, settings = tmp_path / "out", {"seed": 0}
     if before:
-        demo.claim(out, demo.MARKER, before, resume=True)
+        claim_for(demo.MARKER, out, before, resume=True)
         (out / "sft").mkdir()
 
     def killed(path, text):
@@ -137,13 +138,13 @@ def test_a_demo_killed_while_it_claims_its_folder_goes_on(before, monkeypatch, t
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", killed)
         try:
-            demo.claim(out, demo.MARKER, settings, resume=True)
+            claim_for(demo.MARKER, out, settings, resume=True)
         except KeyboardInterrupt:
             assert not before, "what is written already is not written again"
-    demo.claim(out, demo.MARKER, settings, resume=True)
+    claim_for(demo.MARKER, out, settings, resume=True)
     assert json.loads((out / demo.MARKER).read_text()) == settings
     with pytest.raises(BadInput, match="other settings"):
-        demo.claim(out, demo.MARKER, {"seed": 1}, resume=True)
+        claim_for(demo.MARKER, out, {"seed": 1}, resume=True)
 
 
 def test_the_curriculum_meets_tasks_again():
@@ -175,7 +176,7 @@ def test_a_demo_that_cannot_be_removes_nothing(tmp_path):
     try:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(BadInput, match="another process is at work"):
-            demo.claim(out, demo.MARKER, {}, resume=False)
+            claim_for(demo.MARKER, out, {}, resume=False)
         assert (out / demo.MARKER).exists()
     finally:
         other.kill()
