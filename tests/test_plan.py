@@ -5,9 +5,11 @@ import json
 import math
 import random
 import re
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import torch
 
 import train
 from benchmarks.mfu import LENGTHS
@@ -473,6 +475,26 @@ def test_sleep_gives_the_cache_to_kept_activations(monkeypatch):
     assert budget.keep(case("--recompute all")) == 0 and budget.keep(case("--recompute none")) == math.inf
 
 
+@pytest.mark.parametrize("flags", ["--gpus 1", "--gpus 2", "--gpus 2 --no-compile"])
+def test_a_run_keeps_what_the_plan_says(monkeypatch, flags):
+    """Where the GPU has free what the plan leaves beside training's own: memory.tokens_to_keep, which looks at it."""
+    asked = case(f"{flags} --gpu h200 --data none", stage="sft")
+    held = sum(part.amount for part in budget.lodgers(asked) + budget.resting(asked))
+    monkeypatch.setattr(memory.parallel, "world_size", lambda: asked.ranks)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (H200_BYTES - held, H200_BYTES))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    model = SimpleNamespace(
+        cfg=FOUR_B,
+        compiled=asked.cfg.compile,
+        head_weight=SimpleNamespace(device=torch.device("cuda")),
+        parameters=lambda: [torch.empty(PARAMETERS // asked.ranks, device="meta")],
+    )
+    trained = SimpleNamespace(state={"moments": "are there"})
+    found = memory.tokens_to_keep("auto", model, trained, asked.cfg.micro_batch_tokens, torch.bfloat16)
+    assert found == pytest.approx(budget.keep(asked), rel=1e-6) and found > asked.cfg.micro_batch_tokens
+
+
 def test_what_is_not_compiled_takes_and_keeps_more():
     compiled, eager = (case(f"--gpus 8 {flag}") for flag in ("", "--no-compile"))
     working = [amounts(budget.memory_parts(each))["working"] for each in (compiled, eager)]
@@ -508,6 +530,7 @@ def test_what_does_not_fit():
     assert "--recompute none" in said("--gpus 8 --recompute none")
     assert "longer than the limit of 8,192" in said("--gpus 8 --max-tokens 8192")
     assert "alone on its GPU" in said("--gpus 8 --engine-gpus 4,5,6,7 --engine-mem 0.99")
+    assert "a rollout beside the resting trainer" in said("--gpus 2 --engine-mem 0.8")
     # 22e9 parameters over 8 ranks are 11 GB each, but a model is loaded whole: 88 GB.
     large = dataclasses.replace(FOUR_B, num_hidden_layers=216)
     found = budget.problems(dataclasses.replace(case("--gpus 8 --kl 0", user_mem=0.0), shape=large))
