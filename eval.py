@@ -40,6 +40,8 @@ def evaluate(cfg: config.Evaluation) -> tuple[list[dict[str, Any]], list[Traject
 
     Returns the table's rows, of each agent one a domain and one for all, floors first; and the agent's episodes.
     """
+    if cfg.model and cfg.agent != "policy":
+        raise BadInput(f"--agent {cfg.agent} plays without a model; leave out that or --model")
     world = open_world(cfg)
     tasks = for_evaluation(cfg, world)
     policy = open_policy(cfg) if cfg.agent == "policy" else None

@@ -89,7 +89,7 @@ def train_grpo(cfg: config.GRPO) -> None:
     check_engine(cfg)
     world = open_world(cfg)
     chosen = for_training(cfg, world, say)
-    run = open_run("grpo", cfg, keeps=("curriculum", "episodes"), **fingerprint(cfg))
+    run = open_run("grpo", cfg, keeps=(("curriculum", dict), ("episodes", int)), **fingerprint(cfg))
     tasks = screened(cfg, chosen, world, run)
     if len(tasks) < cfg.tasks_per_step:
         say(f"there are {len(tasks)} tasks only: a step has so many instead of --tasks-per-step {cfg.tasks_per_step}")

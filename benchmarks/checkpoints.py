@@ -33,6 +33,8 @@ from benchmarks.random_run import free_everything, micro_batch, open_run, peak_g
 from minitau import checkpoint, config, parallel, probe, run, tiny
 from minitau.chat import load_chat
 from minitau.engines.launch import open_sglang
+from minitau.episode import BadInput
+from minitau.script import run_script
 
 
 def tensors(opened: SimpleNamespace) -> Iterator[tuple[str, Tensor]]:
@@ -97,6 +99,8 @@ def write(opened: SimpleNamespace, cfg: config.SFT, folder: Path) -> dict[str, A
 def read(opened: SimpleNamespace, folder: Path) -> dict[str, Any]:
     """Load, and look."""
     loading, state = timed(lambda: checkpoint.load(folder, opened.model, opened.optimizer))
+    if state is None:
+        raise BadInput(f"{folder} holds no checkpoint; the command without --read writes one")
     return {"load_seconds": loading, "sums_are_those_written": state["fingerprint"] == fingerprint(opened)}
 
 
@@ -120,14 +124,14 @@ def serve(opened: SimpleNamespace, args: argparse.Namespace, folder: Path) -> di
         engine.close()
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="outputs/benchmark-checkpoints", help="folder for the checkpoint")
     parser.add_argument("--read", action="store_true", help="only read what is there")
     parser.add_argument("--engine-command", default="", help="SGLang, to serve what was read")
     parser.add_argument("--shape", choices=SHAPES, default="4b")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     folder = Path(args.work)
     parallel.start()
     if parallel.is_main() and not args.read:
@@ -152,4 +156,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script("benchmarks.checkpoints", main, sys.argv[1:]))

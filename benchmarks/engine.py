@@ -37,6 +37,7 @@ import json
 import os
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,7 +49,7 @@ from unittest import mock
 import torch
 
 from benchmarks.engine_load import Load, measure_rollout
-from benchmarks.mfu import SHAPES, among, where
+from benchmarks.mfu import SHAPES, among, at_least, where
 from benchmarks.random_run import peak_gb
 from minitau import batch, config, parallel, pretrained, probe, rollout, run, tiny
 from minitau.chat import Chat, load_chat
@@ -57,6 +58,7 @@ from minitau.engines.launch import open_sglang
 from minitau.engines.sglang import SGLangEngine
 from minitau.episode import Completion, Sampling
 from minitau.model import Qwen3, init_weights
+from minitau.script import run_script
 
 # One tensor of each kind, from layers early and late.
 PERTURBED = (
@@ -334,18 +336,18 @@ PARTS: dict[str, Callable[[SimpleNamespace], Any]] = {
 }
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine-command", default="")
     parser.add_argument("--engine-mem", type=float, default=0.4)
     parser.add_argument("--engine-gpus", default="", help="as train.py's")
-    parser.add_argument("--engine-tp", type=int, default=1, help="as train.py's")
+    parser.add_argument("--engine-tp", type=at_least(1), default=1, help="as train.py's")
     parser.add_argument("--parts", type=among(PARTS), default=list(PARTS), help="comma-separated, in the order wanted")
-    parser.add_argument("--trials", type=int, default=6, help="rollout: of each load, in turns")
+    parser.add_argument("--trials", type=at_least(1), default=6, help="rollout: of each load, in turns")
     parser.add_argument("--work", default="outputs/benchmark-engine", help="folder for the model's config and the log")
     parser.add_argument("--shape", choices=SHAPES, default="4b")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     parallel.start()
     start = time.perf_counter()
     model, chat, engine, both = open_both(args)
@@ -368,4 +370,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script("benchmarks.engine", main, sys.argv[1:]))

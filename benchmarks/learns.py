@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.mfu import where
+from benchmarks.mfu import at_least, where
 from minitau import memory, parts, plot, pretrained
 from minitau.claim import claim_for
 from minitau.files import written_whole
@@ -143,7 +143,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", choices=RECIPES)
     parser.add_argument("--engine-command", required=True, help="SGLang's, as train.py has it")
-    parser.add_argument("--ranks", type=int, default=1, help="GPUs of GRPO")
+    parser.add_argument("--ranks", type=at_least(1), default=1, help="GPUs of GRPO")
     parser.add_argument("--seed", type=int, default=0, help="of weights and both stages; demonstrations have their own")
     parser.add_argument("--out", default="outputs/benchmark-learns", help="folder for models, runs and the picture")
     parser.add_argument("--no-resume", action="store_true", help="start over, instead of going on where it was")

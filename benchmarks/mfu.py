@@ -32,6 +32,17 @@ def among(parts: Iterable[str]) -> Callable[[str], list[str]]:
     return read
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """For argparse: a whole number."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} up")
+        return int(text)
+
+    return read
+
+
 def mfu(shape: ModelConfig, lengths: Sequence[int], seconds: float) -> float:
     """The part of a GPU's peak that an update on packed sequences of these lengths made use of, all of whose tokens
     were predicted: from 0 to 1. What is computed twice counts once (see pace.flops)."""

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.mfu import LENGTHS, SHAPES, mfu
+from benchmarks.mfu import LENGTHS, SHAPES, at_least, mfu
 from minitau.memory import parameters
 
 WARM_UP = 2
@@ -235,7 +235,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--which", choices=TRAIN, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="4b")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens of each packed document")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=at_least(1), default=6)
     parser.add_argument("--checkpointing", choices=("on", "off", "selective"), default="on")
     parser.add_argument("--attention", default="flash_attention_4")
     parser.add_argument("--weights", choices=("float32", "bfloat16"), default="float32")

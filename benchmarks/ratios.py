@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.mfu import SHAPES, among, where
+from benchmarks.mfu import SHAPES, among, at_least, where
 from benchmarks.peers import TRAIN
 from benchmarks.random_run import lengths_of
 from minitau.episode import BadInput
@@ -105,9 +105,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--peers", type=among(TRAIN), default=list(TRAIN), help="comma-separated")
     parser.add_argument("--liger", action="store_true", help="peers with Liger's kernels")
     parser.add_argument("--attention", default="flash_attention_4", help="the peers': what transformers calls it")
-    parser.add_argument("--ranks", type=int, default=1, help="GPUs to compare one with; 1 leaves that out")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--ranks", type=at_least(1), default=1, help="GPUs to compare one with; 1 leaves that out")
+    parser.add_argument("--rounds", type=at_least(1), default=2)
+    parser.add_argument("--steps", type=at_least(1), default=5, help="timed steps of each")
     parser.add_argument("--shape", choices=SHAPES, default="4b")
     args = parser.parse_args(argv)
     result: dict[str, Any] = {"shape": args.shape, **where(), "cores": os.cpu_count(), "liger": args.liger}

@@ -32,11 +32,13 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from benchmarks.mfu import at_least
 from minitau import config
 from minitau.envs.tau2 import Tau2
 from minitau.envs.tau2.scripts import script
 from minitau.episode import Action, Completion, Message, Opening, Sampling, Task
 from minitau.rollout import Limits, Stage, collect
+from minitau.script import run_script
 from minitau.tasks import for_training
 
 DOMAINS = ("airline", "retail", "telecom")
@@ -228,12 +230,12 @@ def measure(episodes: int, gym: int) -> dict[str, Any]:
     return report
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--episodes", type=int, default=128)
-    parser.add_argument("--gym", type=int, default=16, help="episodes both ways; 0 leaves the gym out")
+    parser.add_argument("--episodes", type=at_least(1), default=128)
+    parser.add_argument("--gym", type=at_least(0), default=16, help="episodes both ways; 0 leaves the gym out")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.serve:
         return serve()
     if args.gym:
@@ -247,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script("benchmarks.tau2_concurrent", main, sys.argv[1:]))

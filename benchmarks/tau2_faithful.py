@@ -25,11 +25,13 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
+from benchmarks.mfu import at_least
 from minitau.envs.tau2 import Tau2, Tau2Env
 from minitau.envs.tau2.domain import open_domain
 from minitau.envs.tau2.install import load
 from minitau.envs.tau2.scripts import Reader, script
 from minitau.episode import Action, Call, Stop, Task
+from minitau.script import run_script
 
 DOMAINS = ("airline", "retail", "telecom")
 SCRIPTS = ("gold", "refuse", "gold without its last action", "gold with one argument exchanged")
@@ -177,11 +179,13 @@ def summary(times: list[dict[str, dict[str, tuple[float, float]]]]) -> dict[str,
     return result
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=int, default=40, help="of each domain, spread over its base split; 0 is all")
+    parser.add_argument(
+        "--tasks", type=at_least(0), default=40, help="of each domain, spread over its base split; 0 is all"
+    )
     parser.add_argument("--domains", default=",".join(DOMAINS))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     world, report, differed = Tau2(), {}, []
     for domain in args.domains.split(","):
         tasks = world.tasks(domain, "base")
@@ -199,4 +203,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script("benchmarks.tau2_faithful", main, sys.argv[1:]))

@@ -40,11 +40,12 @@ from torch import Tensor
 import train
 from benchmarks import same_numbers
 from benchmarks.engine_load import busy_seconds
-from benchmarks.mfu import SHAPES, among, mfu, where
+from benchmarks.mfu import SHAPES, among, at_least, mfu, where
 from benchmarks.random_run import free_everything, lengths_of, micro_batch, open_run, peak_gb, settings, synchronize
 from minitau import attention, batch, config, memory, parallel, run
 from minitau.head import HeadLogprobs, WeightedLogprobs
 from minitau.model import ModelConfig
+from minitau.script import run_script
 
 # -- speed -------------------------------------------------------------------------------------------------
 
@@ -229,16 +230,16 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 }
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=among(PARTS), default=["speed", "memory", "numbers"], help="comma-separated")
     parser.add_argument("--shape", choices=SHAPES, default="4b")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each setting")
+    parser.add_argument("--steps", type=at_least(1), default=5, help="timed steps of each setting")
     parser.add_argument("--kernels", action="store_true", help="speed: with torch's attention as well")
     parser.add_argument("--eager", action="store_true", help="speed: not compiled as well")
     parser.add_argument("--out", default="", help="file for the JSON, written after each part")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     parallel.start()
     result: dict[str, Any] = {"shape": args.shape, **where(), "exceeded": []}
     if torch.cuda.is_available():
@@ -256,4 +257,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script("benchmarks.trainer", main, sys.argv[1:]))

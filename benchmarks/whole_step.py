@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.mfu import SHAPES, where
+from benchmarks.mfu import SHAPES, at_least, where
 from benchmarks.random_run import random_model
 from minitau import cli, config, plan, pretrained, tiny
 from minitau.budget import Case
@@ -229,15 +229,15 @@ def computed(args: argparse.Namespace, model: Path, out: Path, told: dict[str, A
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine-command", default="")
-    parser.add_argument("--ranks", type=int, default=2, help="GPUs")
+    parser.add_argument("--ranks", type=at_least(1), default=2, help="GPUs")
     parser.add_argument("--gpu", default="h200", help="their kind, as --dry-run has it")
     parser.add_argument("--user-mem", type=float, default=0.3, help="as serve_user.py's --mem-fraction")
     parser.add_argument("--customer-gpus", default="", help="as serve_user.py's --gpus; all of them if empty")
     parser.add_argument("--user-api-base", default="", help="of customers who are served already")
     parser.add_argument("--customers", choices=("sglang", "local"), default="sglang")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--tasks", type=int, default=16, help="of a step, four attempts each")
-    parser.add_argument("--messages", type=int, default=100, help="of a conversation: --max-steps")
+    parser.add_argument("--steps", type=at_least(1), default=3)
+    parser.add_argument("--tasks", type=at_least(1), default=16, help="of a step, four attempts each")
+    parser.add_argument("--messages", type=at_least(1), default=100, help="of a conversation: --max-steps")
     parser.add_argument("--work", default="outputs/benchmark-whole-step")
     parser.add_argument("--shape", choices=SHAPES, default="4b")
     own, more = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])

@@ -254,6 +254,7 @@ def main(argv: Sequence[str]) -> None:
         return print(plan(cfg, out))
     prepare(cfg, out)
     failed = parts.play(commands, out / "logs", cfg.jobs, cwd=out)
+    parts.require_something(commands, failed, out / "logs")
     rows = summary(out)
     seeds = ",".join(dict.fromkeys(seed for each in rows for seed in each["by_seed"]))
     sizes = f"--episodes {cfg.episodes} --tasks {cfg.tasks}"

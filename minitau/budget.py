@@ -240,6 +240,8 @@ def changes(case: Case) -> dict[str, dict[str, Any]]:
     if case.customers:
         found["customers elsewhere (--user-mem 0)"] = {"user_mem": 0.0}
     half = cfg.micro_batch_tokens // 2
+    while half // 2 >= cfg.max_tokens and room(changed(case, {"micro_batch_tokens": half})) < 0:
+        half //= 2  # of far too many half is too many as well
     found[f"--micro-batch-tokens {half} --max-tokens {min(half, cfg.max_tokens)}"] = {
         "micro_batch_tokens": half,
         "max_tokens": min(half, cfg.max_tokens),

@@ -197,7 +197,7 @@ def latest(run_dir: Path) -> Path | None:
 
 
 def load(
-    run_dir: Path, model: Qwen3, optimizer: torch.optim.Optimizer, keeps: Sequence[str] = ()
+    run_dir: Path, model: Qwen3, optimizer: torch.optim.Optimizer, keeps: Sequence[tuple[str, type]] = ()
 ) -> dict[str, Any] | None:
     """Restore the newest checkpoint in place; its state, or None if there is none yet. Raises CheckpointError if it is
     damaged, or its state lacks something of `keeps`."""
@@ -208,7 +208,7 @@ def load(
         state = json.loads((place / "state.json").read_text())
         if not isinstance(state, dict) or not isinstance(state.get("step"), int):
             raise ValueError("state.json does not say at which step")
-        if missing := [name for name in keeps if name not in state]:
+        if missing := [name for name, kind in keeps if not isinstance(state.get(name), kind)]:
             raise ValueError(f"state.json has no {missing[0]}")
         parallel.load_state(place / "state", model, optimizer)
     except (OSError, ValueError) as error:

@@ -175,7 +175,13 @@ ABOVE_ZERO = ("max_grad_norm",)
 
 NOT_EMPTY = ("user_model",)
 
-AT_MOST = {"concurrency": 10_000, "max_rounds": 1000}  # what would take all memory, or for ever, is a slip of the hand
+AT_MOST = {  # what would take all memory, or for ever, is a slip of the hand
+    "concurrency": 10_000,
+    "max_rounds": 1000,
+    "group_size": 10_000,
+    "samples": 10_000,
+    "num_trials": 1000,
+}
 
 
 def check(cfg: Any, required: tuple[str, ...] = ()) -> None:

@@ -43,6 +43,8 @@ def check(seeds: Sequence[str], jobs: int) -> None:
     """Raise BadInput for --seeds and --jobs that cannot work."""
     if not seeds or not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
         raise BadInput(f"--seeds {','.join(seeds)}: different whole numbers from 0 up are needed")
+    if large := [seed for seed in seeds if int(seed) >= 1 << 63]:
+        raise BadInput(f"--seeds {large[0]}: it must fit 64 bits")
     if jobs < 1:
         raise BadInput(f"--jobs is {jobs}; it must be at least 1")
 
@@ -84,6 +86,12 @@ def play(parts: Sequence[Part], logs: Path, jobs: int, cwd: Path = ROOT) -> list
             end(process)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what it runs may not have heard
+
+
+def require_something(all_parts: Sequence[Part], failed: Sequence[Part], logs: Path) -> None:
+    """Raise BadInput if some have failed and nothing is done."""
+    if failed and not any(part.proof.is_file() for part in all_parts):
+        raise BadInput(f"nothing is done: {failed[0]} failed, and {failed[0].log(logs)} says why")
 
 
 def run(command: Sequence[str], to: TextIO | None = None, **environment: str) -> None:

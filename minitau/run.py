@@ -39,7 +39,7 @@ class Run:
     state: dict | None = None  # what that checkpoint says
 
 
-def open_run(stage: str, cfg: config.Training, keeps: Sequence[str] = (), **also: str) -> Run:
+def open_run(stage: str, cfg: config.Training, keeps: Sequence[tuple[str, type]] = (), **also: str) -> Run:
     """Load model and tokenizer, claim the folder, shard, and restore the newest checkpoint if resuming.
 
     `keeps`: what its checkpoints' state holds beside the step. `also`: what else makes the run what it is, recorded

@@ -17,8 +17,9 @@ from minitau.episode import BadInput, EpisodeError
 FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or this user's part of it
 
 
-def run_script(name: str, body: Callable[[list[str]], None], argv: list[str], *, resume: str = "") -> int:
-    """Run a script's `body` on its flags; its exit status. `resume`: how an interrupted one goes on.
+def run_script(name: str, body: Callable[[list[str]], int | None], argv: list[str], *, resume: str = "") -> int:
+    """Run a script's `body` on its flags; its exit status, which is what `body` returns if it does. `resume`: how an
+    interrupted one goes on.
 
     What a user can mend is one line on stderr, clear of any progress bar that still stands there: 2
     for bad input, 1 for what the system refused or the world broke, 130 for ctrl-C and SIGTERM.
@@ -26,12 +27,15 @@ def run_script(name: str, body: Callable[[list[str]], None], argv: list[str], *,
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        body(argv)
+        done = body(argv)
         sys.stdout.flush()
     except BadInput as error:
         status, line = 2, str(error)
     except (FileExistsError, NotADirectoryError) as error:
         status, line = 2, f"{error.filename or error}: a file is where a folder is needed; choose another place"
+    except IsADirectoryError as error:  # of two places the second is what was to be written
+        place = error.filename2 or error.filename
+        status, line = 2, f"{place}: a folder is where a file is needed; remove it, or choose another place"
     except OSError as error:
         if isinstance(error, BrokenPipeError) and nobody_reads():
             return 128 + signal.SIGPIPE
@@ -42,7 +46,7 @@ def run_script(name: str, body: Callable[[list[str]], None], argv: list[str], *,
     except KeyboardInterrupt:
         status, line = 130, f"interrupted; {resume}" if resume else "interrupted"
     else:
-        return 0
+        return done or 0
     tqdm.write(f"{name}: {' '.join(line.split())}", file=sys.stderr)
     if status == 130 and threading.active_count() > 1:
         # Episodes still run in their threads; an orderly exit would pull the interpreter from under them.

@@ -179,6 +179,7 @@ def main(argv: Sequence[str]) -> None:
     demos = [demo_part(cfg, seed) for seed in cfg.seeds]
     arms = [part for seed in cfg.seeds for part in arm_parts(cfg, seed)]
     failed = parts.play([*demos, *arms], out / "logs", cfg.jobs)
+    parts.require_something([*demos, *arms], failed, out / "logs")
     result = summary(cfg)
     text = as_text(result)
     write_json(out / "results.json", result)

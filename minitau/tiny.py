@@ -29,7 +29,7 @@ from minitau.script import run_script
 # Where a token must end. Punctuation keeps together across a space, as JSON writes it (`": "`).
 WORDS = r" ?[a-z]+|[A-Z][A-Za-z]*|[0-9]{1,3}|[^A-Za-z0-9\s]+(?: [^A-Za-z0-9\s]+)*(?: (?=[A-Z0-9]))?|\s"
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-LARGEST = 16_384  # hidden size: with more it is not tiny
+LARGEST = {"vocab": 1 << 20, "hidden": 16_384, "layers": 1000, "heads": 1024}  # with more it is not tiny
 MARKS = ("<tool_call>", "</tool_call>")  # tokens, but text like any other
 # ChatML with one line a tool, `name(argument, argument)`: schemas or descriptions would be most of a
 # tiny model's context, and it learns what a tool does from the policy and from conversations.
@@ -111,10 +111,9 @@ def check(cfg: Any) -> None:
         raise BadInput(f"{cfg.out} holds a model already; choose another --out")
     if cfg.vocab < 300 or cfg.heads < 2 or cfg.heads % 2:
         raise BadInput(f"--vocab {cfg.vocab} --heads {cfg.heads}: at least 300 tokens and an even number of heads")
-    if cfg.layers < 1 or not 1 <= cfg.hidden <= LARGEST:
-        raise BadInput(
-            f"--layers {cfg.layers} --hidden {cfg.hidden}: at least 1, and a hidden size of at most {LARGEST}"
-        )
+    for name, most in LARGEST.items():
+        if not 1 <= getattr(cfg, name) <= most:
+            raise BadInput(f"--{name} {getattr(cfg, name)}: at least 1, and at most {most:,}")
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int):

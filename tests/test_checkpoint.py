@@ -632,6 +632,9 @@ DAMAGED = {
     "state.json cut": lambda place: (place / "state.json").write_text('{"step": '),
     "state.json without a step": lambda place: (place / "state.json").write_text("{}"),
     "state.json without the rest": lambda place: (place / "state.json").write_text('{"step": 1, "curriculum": {}}'),
+    "state.json with another rest": lambda place: (place / "state.json").write_text(
+        '{"step": 1, "curriculum": {}, "episodes": "many"}'
+    ),
     "state.json of another kind": lambda place: (place / "state.json").write_text("[1]"),
     "state.json gone": lambda place: (place / "state.json").unlink(),
     "state cut": damage_state,
@@ -645,8 +648,8 @@ DAMAGED = {
 def test_a_damaged_checkpoint_is_one_line(tmp_path, caplog, case):
     """A disk that loses bytes, a copy that stopped halfway: --resume must say which folder to remove."""
     net, optimizer = new_run()
-    keeps = ("curriculum", "episodes")
-    place = save(tmp_path, 1, net, optimizer, state=dict.fromkeys(keeps, 0))
+    keeps, state = (("curriculum", dict), ("episodes", int)), {"curriculum": {}, "episodes": 0}
+    place = save(tmp_path, 1, net, optimizer, state=state)
     DAMAGED[case](place)
     again, fresh = new_run(seed=7)
     with pytest.raises(CheckpointError) as refusal:
@@ -655,7 +658,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, caplog, case):
     shown = [each for each in caplog.records if each.levelno >= logging.WARNING and "NullHandler" not in each.name]
     assert not shown, "torch logs tracebacks"
     assert not (case.startswith("state.json") and fresh.state), "nothing of it was taken"
-    later = save(tmp_path, 2, net, optimizer, state=dict.fromkeys(keeps, 0))
+    later = save(tmp_path, 2, net, optimizer, state=state)
     DAMAGED[case](later)
     with pytest.raises(CheckpointError, match="go on from the one before"):
         checkpoint.load(tmp_path, again, fresh, keeps)

@@ -139,6 +139,10 @@ def test_settings_that_cannot_work(capsys, tmp_path, tiny_dir):
     assert "--steps" in refused(capsys, train.main, *base, "--steps", 0)
     assert "--micro-batch-tokens" in refused(capsys, train.main, *base, "--micro-batch-tokens", 100)
     assert "at most 10000" in refused(capsys, train.main, *base, "--concurrency", 10**8)
+    assert "--group-size is 10000000; it must be at most" in refused(capsys, train.main, *base, "--group-size", 10**7)
+    for name in ("vocab", "hidden", "layers", "heads"):
+        flags = (f"--{name}", 10**8, "--out", tmp_path / "small")
+        assert f"--{name} 100000000: at least 1, and at most" in refused(capsys, tiny.main, *flags)
     assert "--gpus" in refused(capsys, train.main, *base, "--preset", "tau2-4b", "--dry-run", "--gpus", 10**9)
     assert "--updates-per-step" in refused(capsys, train.main, *base, "--updates-per-step", 17)
     assert not (tmp_path / "run").exists()
@@ -377,6 +381,16 @@ def test_a_file_where_a_folder_is_needed(capsys, tmp_path):
         line = refused(capsys, main, *flags, "--out", tmp_path / "file" / "x")
         assert f"{tmp_path / 'file'}" in line and "a file is where a folder is needed" in line and "Errno" not in line
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_folder_where_a_file_is_to_be(tmp_path, tiny_dir, capsys):
+    out = tmp_path / "run"
+    flags = ("--agent", "gold", "--tasks", 1, "--num-trials", 1, "--out", out)
+    assert run_script("eval.py", evaluation.main, list(map(str, flags))) == 0
+    (out / "results.json").unlink()
+    (out / "results.json").mkdir()
+    line = refused(capsys, evaluation.main, *flags, "--resume")
+    assert f"{out / 'results.json'}: a folder is where a file is needed; remove it" in line and "Errno" not in line
 
 
 def test_no_disk_space_at_a_checkpoint(tmp_path, tiny_dir, data):

@@ -407,6 +407,8 @@ def test_a_row_counts_tasks_and_not_episodes():
         (["--out", "OUT", "--agent", "gold", "--num-trials", "0"], "--num-trials"),
         (["--out", "OUT", "--agent", "gold", "--tasks", "-1"], "--tasks"),
         (["--out", "OUT", "--model", "OUT/none"], "none"),
+        (["--out", "OUT", "--model", "OUT/none", "--agent", "gold"], "--agent gold plays without a model"),
+        (["--out", "OUT", "--agent", "gold", "--num-trials", "100000"], "at most 1000"),
         (["--out", "OUT", "--agent", "gold", "--greedy", "--temperature", "0.5"], "leaves nothing for --temperature"),
         (["--out", "OUT", "--agent", "gold", "--task-file", "OUT/f", "--split", "test"], "nothing for --split"),
         (["--out", "OUT", "--agent", "gold", "--task-file", "OUT/f"], "OUT/f: no such file"),

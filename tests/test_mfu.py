@@ -34,6 +34,13 @@ def test_flops_are_those_of_the_matmuls():
     assert counter.get_total_flops() == twice + attention - norms
 
 
+def test_a_count_is_a_whole_number_from_somewhere_up():
+    assert mfu.at_least(1)("3") == 3 and mfu.at_least(0)("0") == 0
+    for least, text in ((1, "0"), (0, "-1"), (1, "1.5"), (1, "many")):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"is no whole number from {least} up"):
+            mfu.at_least(least)(text)
+
+
 def test_packed_sequences_do_not_look_at_each_other():
     shape = mfu.SHAPES["4b"]
     one, four = pace.flops(shape, [4096], 4096), pace.flops(shape, [1024] * 4, 4096)

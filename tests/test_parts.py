@@ -8,6 +8,7 @@ import time
 import pytest
 
 from minitau import parts
+from minitau.episode import BadInput
 from minitau.parts import Part
 
 FIRST, NEXT = "demo", ("more", "less", "shuffled")
@@ -43,6 +44,17 @@ def test_the_others_go_on_after_a_failure(tmp_path, capsys):
     assert parts.play(some(tmp_path), tmp_path / "logs", jobs=3) == []
     shown = capsys.readouterr().out
     assert shown.count("done before") == 6 and shown.count("started") == 2
+
+
+def test_where_nothing_is_done_the_first_failure_is_named(tmp_path):
+    several = some(tmp_path)
+    parts.require_something(several, [], tmp_path)
+    with pytest.raises(
+        BadInput, match=rf"nothing is done: seed 1, demo failed, and {tmp_path}/seed-1-demo.txt says why"
+    ):
+        parts.require_something(several, several[1:2], tmp_path)
+    several[0].proof.touch()
+    parts.require_something(several, several[1:2], tmp_path)
 
 
 def test_what_needs_something_that_failed_is_not_begun(tmp_path, capsys):

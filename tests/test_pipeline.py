@@ -371,7 +371,9 @@ def test_more_rft_gets_its_budget(budget, available):
     assert 1 <= tasks <= available and samples >= 4 and budget <= tasks * samples < budget + samples
 
 
-@pytest.mark.parametrize("flags", ["--seeds 0,0", "--seeds a", "--seeds -1", "--jobs 0", "--arm rft"])
+@pytest.mark.parametrize(
+    "flags", ["--seeds 0,0", f"--seeds {10**20}", "--seeds a", "--seeds -1", "--jobs 0", "--arm rft"]
+)
 def test_a_study_with_wrong_settings_is_one_line(flags, tmp_path, capsys):
     out = tmp_path / "out"
     try:

@@ -571,6 +571,10 @@ def test_what_does_not_fit_is_one_line_with_a_way_out(capsys, model):
     for way in ways:
         typed = way.replace("customers elsewhere (--user-mem 0)", "--user-mem 0").replace(" with ", " ")
         assert dry_run(capsys, model, f"{flags} {typed}")[0] == 0, way
+    flags = "--stage grpo --preset tau2-4b --micro-batch-tokens 150000"
+    ways = dry_run(capsys, model, flags)[2].split("Enough would be: ")[1].strip().split("; or ")
+    assert "--micro-batch-tokens 37500 --max-tokens 32768" in ways, "half of it is too many as well"
+    assert dry_run(capsys, model, f"{flags} {ways[0]}")[0] == 0
 
 
 def test_engines_on_gpus_of_their_own(capsys, model):

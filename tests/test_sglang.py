@@ -208,6 +208,9 @@ def test_a_server_that_never_starts_says_why_in_one_line(tmp_path):
     with pytest.raises(EngineError, match=r"died while it started; the end of .*log: .*no such kernel image") as caught:
         server.start(60.0, shown=False)
     assert "\n" not in str(caught.value)
+    silent = Server(lambda port: [sys.executable, "-c", "raise SystemExit(1)"], tmp_path / "log", "SGLang")
+    with pytest.raises(EngineError, match=r"the end of .*log: \(empty\)"):
+        silent.start(60.0, shown=False)  # what stands there is another server's
 
 
 def test_a_server_that_is_not_healthy_in_time_is_taken_down(tmp_path):

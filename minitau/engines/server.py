@@ -134,6 +134,7 @@ class Server:
         self.command, self.log, self.name = command, log, name
         self.environment = environment or {}
         self.wanted_port = self.port = port
+        self.begun = 0  # where what it writes begins in its log
         self.kept_port: socket.socket | None = None
         self.process: subprocess.Popen | None = None
         self.started = time.monotonic()
@@ -152,6 +153,7 @@ class Server:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(NOT_FOR_SERVERS)}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "a", encoding="utf-8") as file:
+            self.begun = file.tell()
             self.process = subprocess.Popen(
                 [sys.executable, str(KEEPER), *self.command(self.port)],
                 stdin=subprocess.PIPE,
@@ -189,7 +191,7 @@ class Server:
         """Where its log is, and the end of it in one line."""
         try:
             with open(self.log, "rb") as file:
-                file.seek(max(0, self.log.stat().st_size - LOG_BYTES))
+                file.seek(max(self.begun, self.log.stat().st_size - LOG_BYTES))  # of this start, not of an earlier one
                 lines = file.read().decode("utf-8", "replace").splitlines()
         except OSError:
             lines = []
