@@ -211,7 +211,7 @@ def spent(cfg: config.GRPO, episodes: int) -> bool:
 
 
 def staleness(played: Sequence[Trajectory], version: int) -> float:
-    """By how many steps the weights that sampled a reply are behind those of `version`, which it trains: the mean."""
+    """The mean, over replies, of how many steps the weights that sampled one are behind `version`, which it trains."""
     behind = [version - turn.weight_version for t in played for turn in t.turns]
     return sum(behind) / max(1, len(behind))
 

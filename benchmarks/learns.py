@@ -115,7 +115,7 @@ def python(*words: Any, flags: Sequence[str]) -> None:
 
 
 def report(out: Path) -> dict[str, Any]:
-    """Of both stages their steps and seconds, of GRPO how the reward went."""
+    """Steps and seconds of both stages, and how GRPO's reward went."""
     steps = {stage: metrics_of(out / stage / "metrics.jsonl") for stage in ("sft", "grpo")}
     found: dict[str, Any] = {"parameters": memory.parameters(pretrained.read_config(out / "model"))}
     for stage, lines in steps.items():

@@ -45,7 +45,7 @@ def output_of(command: Sequence[str], gpus: str | None = None) -> str:
 
 
 def ours(args: argparse.Namespace, ranks: int) -> dict[str, Speed]:
-    """Of all ranks together (peak_gb: of one), by how many blocks are recomputed."""
+    """The speed of all ranks together (peak_gb: of one), by how many blocks are recomputed."""
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "speed.json"
@@ -67,7 +67,7 @@ def shown(who: str, speed: Any) -> Any:
 
 
 def theirs(args: argparse.Namespace, peer: str) -> Speed:
-    """Of a peer, which sees one GPU: transformers' Trainer would take all for one process."""
+    """The speed of a peer, which sees one GPU: transformers' Trainer would take all for one process."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     command = ["-m", "benchmarks.peers", "--which", peer, "--shape", args.shape, "--attention", args.attention]
     command += ["--lengths", ",".join(map(str, lengths_of(args))), "--steps", str(args.steps + 2)]

@@ -156,7 +156,7 @@ def resting(case: Case) -> list[Part]:
 
 
 def memory_parts(case: Case) -> list[Part]:
-    """By part, all but kept activations: of the GPU that holds most, at the height of an update."""
+    """What the GPU that holds most has on it at the height of an update, by part; without kept activations."""
     tokens, shape = case.cfg.micro_batch_tokens, case.shape
     needs = memory.needs(shape, tokens, case.ranks, case.cfg.compile)
     asleep = getattr(case.cfg, "engine_sleep", False)
@@ -175,7 +175,7 @@ def memory_parts(case: Case) -> list[Part]:
 
 
 def playing_parts(case: Case) -> list[Part]:
-    """By part, of a GPU that trains, while the engine on it plays. RFT has no optimizer yet."""
+    """What a GPU that trains has on it while the engine there plays, by part. RFT has no optimizer yet."""
     return [*lodgers(case), *engine(case), *resting(case)[: 1 if case.stage == "rft" else None]]
 
 
@@ -185,7 +185,7 @@ def room(case: Case) -> float:
 
 
 def keep(case: Case) -> float:
-    """As memory.tokens_to_keep."""
+    """For how many tokens, summed over blocks, a GPU has room: what memory.tokens_to_keep would find there."""
     if case.cfg.recompute != "auto":
         return 0.0 if case.cfg.recompute == "all" else math.inf
     return max(0.0, (room(case) - weights_to_keep(case)) / bytes_to_keep(case.shape, case.cfg.compile))

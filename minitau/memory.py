@@ -78,8 +78,8 @@ class Needs:
 
 
 def needs(cfg: ModelConfig, tokens: int, ranks: int, compiled: bool = True) -> Needs:
-    """Of training on micro-batches of `tokens` over `ranks` GPUs, if every block is computed again in backward, from
-    the second micro-batch of an update on: before it there are no gradients."""
+    """What training on micro-batches of `tokens` over `ranks` GPUs needs if every block is computed again in backward,
+    from the second micro-batch of an update on: before it there are no gradients."""
     whole, block, embedding = parameters(cfg), block_parameters(cfg), cfg.vocab_size * cfg.hidden_size
     in_use = whole - (cfg.num_hidden_layers - 2) * block  # two blocks at a time
     # The logits in bf16 and their gradient; what is not compiled holds four more of them at a time, in fp32.
@@ -98,7 +98,7 @@ def needs(cfg: ModelConfig, tokens: int, ranks: int, compiled: bool = True) -> N
 def tokens_to_keep(
     recompute: str, model: Qwen3, optimizer: torch.optim.Optimizer, tokens: int, dtype: torch.dtype
 ) -> float:
-    """See Qwen3.keep: for how many tokens, summed over blocks, this GPU has room now, before an update.
+    """For how many tokens, summed over blocks, this GPU has room to keep activations, now, before an update.
 
     recompute: as --recompute. tokens: of a micro-batch at most. dtype: of the compute.
     """

@@ -48,8 +48,9 @@ BESIDE = 2e9  # of a server of SGLang: CUDA graphs and workspace, which --engine
 
 
 def flops(shape: ModelConfig, lengths: Sequence[int], said: int) -> float:
-    """Of forward and backward over packed sequences, with `said` rows at the head: 6 for each weight that a token
-    meets, and 6 L H d len^2 of causal attention, which is counted at half. Nothing that is computed again counts."""
+    """FLOP of forward and backward over packed sequences of these lengths, with `said` rows at the head: 6 for each
+    weight that a token meets, and 6 L H d len^2 of causal attention, which is counted at half. Nothing that is computed
+    again counts."""
     blocks = shape.num_hidden_layers * memory.block_parameters(shape)
     attention = shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
     head = shape.vocab_size * shape.hidden_size
@@ -57,12 +58,12 @@ def flops(shape: ModelConfig, lengths: Sequence[int], said: int) -> float:
 
 
 def mfu(again: float) -> float:
-    """Of training, if this part of the blocks is recomputed."""
+    """Model FLOPs utilisation of training, from 0 to 1, if the part `again` of the blocks is recomputed."""
     return MFU_KEPT + again * (MFU_RECOMPUTED - MFU_KEPT)
 
 
 def recomputed(shape: ModelConfig, keep: float, tokens: int) -> int:
-    """As Qwen3.recomputed."""
+    """How many blocks of a forward of so many tokens are computed again in its backward, as Qwen3.recomputed has it."""
     return shape.num_hidden_layers - int(min(shape.num_hidden_layers, keep / tokens))
 
 
@@ -76,8 +77,8 @@ def update_seconds(
     keep: float = math.inf,
     forward_only: bool = False,
 ) -> float:
-    """Of an optimizer step, or of log-probabilities alone, on trajectories of these lengths of which the agent said
-    so many tokens. The ranks take a micro-batch together, so that the longest of them counts.
+    """Seconds of an optimizer step, or of log-probabilities alone, on trajectories of these lengths, of which the agent
+    said so many tokens. The ranks take a micro-batch together, so that the longest of them counts.
 
     budget: --micro-batch-tokens. keep: see Qwen3.keep.
     """
@@ -118,10 +119,12 @@ def reply_seconds(
     tp: int = 1,
     shared: bool = False,
 ) -> float:
-    """Of one reply in each of the conversations of these lengths, on one engine: every token that is said reads all
-    weights and cache once, but of an embedding apart from the head its own row; what was heard meets all blocks, and
-    again the part of each conversation, its opening aside, that the cache has `lost`. Over `tp` GPUs it is divided as
-    if they had nothing to say to each other, which nobody has measured here. shared: with customers on the same GPUs.
+    """Seconds until one reply in each of the conversations of these lengths is there, on one engine.
+
+    Decoding: every token that is said reads all weights and cache once, but of an embedding apart from the head its own
+    row. Prefill: what was heard meets all blocks, and so does the part of each conversation, its opening aside, that
+    the cache has `lost`. Over `tp` GPUs both are divided as if these had nothing to say to each other, which nobody has
+    measured here. shared: with customers on the same GPUs.
     """
     looked_up = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
     reads = HALF * (memory.parameters(shape) - looked_up) + sum(contexts) * cache_bytes(shape)
@@ -160,8 +163,8 @@ def round_seconds(
     tp: int = 1,
     shared: bool = False,
 ) -> float:
-    """Of conversations of so many replies on one engine, at most `at_once` at a time, one starting where another ends,
-    each at its own pace. A reply and the wait for its customer take longer or shorter than the mean as if each token
+    """Seconds of conversations of so many replies on one engine, at most `at_once` at a time, one starting where
+    another ends, each at its own pace. A reply and the wait for its customer take longer or shorter than the mean as if each token
     could be the last (`vary`), so that the longest conversation, for which all wait, is one of long replies. A reply
     goes on beside those that others are given at that time.
 

@@ -130,11 +130,12 @@ def sync(case: Case) -> Part:
 
 
 def state_bytes(shape: ModelConfig) -> int:
-    """Of a checkpoint's fp32 weights and optimizer."""
+    """Bytes of a checkpoint's fp32 weights and optimizer."""
     return (MASTER + ADAM) * memory.parameters(shape)
 
 
 def checkpoint_bytes(shape: ModelConfig) -> int:
+    """Bytes of all of it, with the Hugging Face directory."""
     return state_bytes(shape) + HALF * memory.parameters(shape)
 
 
@@ -150,7 +151,7 @@ def saving(case: Case, step: float, beside: float = 0.0) -> Part:
 
 
 def step_parts(case: Case) -> list[Part]:
-    """Of an optimizer step of SFT or RFT, of a whole step of GRPO."""
+    """Seconds by part: of an optimizer step of SFT or RFT, or of a whole step of GRPO."""
     cfg = case.cfg
     if case.stage != "grpo":
         training = updates(case, cfg.batch_size)

@@ -147,7 +147,7 @@ def usable(value: Any) -> bool:
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Of the 95% interval of the mean of what different seeds gave; 0 for one value, of which nothing can be said."""
+    """Half the 95% interval of the mean of what different seeds gave; 0 for one value, of which nothing can be said."""
     n = len(values)
     if n < 2:
         return 0.0

@@ -132,7 +132,7 @@ def timed(trajectory: Trajectory, what: str) -> Iterator[None]:
 
 
 def book_user(trajectory: Trajectory, seconds: float) -> None:
-    """Of the environment's time so much was the customer's."""
+    """Count so many seconds of the environment's time as the customer's."""
     trajectory.seconds["user"] = trajectory.seconds.get("user", 0.0) + seconds
     trajectory.seconds["env"] -= seconds
 

@@ -256,7 +256,7 @@ def save_trajectories(
 def trainer_logprobs(
     cfg: config.Training, chunks: Sequence[Sequence[batch.Sample]], old: Sequence[Tensor]
 ) -> list[list[float] | None]:
-    """Of each sample of the chunks, in order and on every rank, one log-probability for each token said."""
+    """One log-probability for each token said, of each sample of the chunks, in their order and on every rank."""
     values, mine, first = iter(old), {}, 0
     for chunk in chunks:
         found = batch.by_sample(

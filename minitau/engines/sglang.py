@@ -82,7 +82,7 @@ class SGLangEngine(Upkeep):
         """Nothing to do: the server batches whoever asks."""
 
     def leave(self) -> None:
-        """Likewise."""
+        """Nothing to do either."""
 
     def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, session: str, seed: int) -> Completion:
         if not prompt_ids or len(prompt_ids) >= self.max_context:
