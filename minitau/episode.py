@@ -214,6 +214,14 @@ class Trajectory:
     def success(self) -> bool:
         return self.reward >= 1.0
 
+    def turn_of(self) -> dict[int, int]:
+        """Which turn each of the agent's messages is, by their indices.
+
+        Assistant messages before the first turn are the domain's greeting, which nobody sampled; a script has no turns.
+        """
+        said = [i for i, message in enumerate(self.messages) if message.role == "assistant"]
+        return dict(zip(said[len(said) - len(self.turns) :], range(len(self.turns))))
+
     def hear(self, ids: Sequence[int]) -> None:
         """Append ids that the agent did not sample."""
         self.ids += ids

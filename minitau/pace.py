@@ -164,11 +164,13 @@ def round_seconds(
     shared: bool = False,
 ) -> float:
     """Seconds of conversations of so many replies on one engine, at most `at_once` at a time, one starting where
-    another ends, each at its own pace. A reply and the wait for its customer take longer or shorter than the mean as if each token
-    could be the last (`vary`), so that the longest conversation, for which all wait, is one of long replies. A reply
-    goes on beside those that others are given at that time.
+    another ends, each at its own pace.
 
-    cache: tokens that the engine keeps, of all who play and of so many different openings: see `part_lost`."""
+    A reply and the wait for its customer take longer or shorter than the mean as if each token could be the last
+    (`vary`), so that the longest conversation, for which all wait, is one of long replies. A reply goes on beside those
+    that others are given at that time. cache: tokens that the engine keeps, of all who play and of so many different
+    openings: see `part_lost`.
+    """
     waiting, now = list(turns), 0.0
     playing: list[tuple[float, int, int, int]] = []  # when its turn ends, its number, replies done by then, and in all
     lengths: dict[int, int] = {}  # tokens of those who play, by number

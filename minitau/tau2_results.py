@@ -117,9 +117,7 @@ def messages(t: Trajectory) -> list[Any]:
     """The conversation as the agent saw it, in tau2's records."""
     from tau2.data_model import message as tau2
 
-    # The last assistant messages are the sampled ones, a turn each; a script has no turns, and errs in none.
-    spoken = [i for i, each in enumerate(t.messages) if each.role == "assistant"]
-    errors = {i: turn.error for i, turn in zip(spoken[len(spoken) - len(t.turns) :], t.turns) if turn.error}
+    errors = {i: t.turns[turn].error for i, turn in t.turn_of().items() if t.turns[turn].error}
     written: list[Any] = []
     open_calls: list[str] = []  # ids of calls whose results come next
 

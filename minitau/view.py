@@ -125,13 +125,9 @@ def show(record: Record, cfg: View, words: Words, settings: Mapping[str, Any], w
 
 
 def said_in_turn(record: Record) -> Iterator[tuple[str, str, int | None]]:
-    """Who said what, and after the last thing of each reply of the agent, which of its turns that was.
-
-    Assistant messages before the first turn are the domain's greeting, which nobody sampled.
-    """
+    """Who said what, and after the last thing of each reply of the agent, which of its turns that was."""
     t = record.trajectory
-    replies = [i for i, message in enumerate(t.messages) if message.role == "assistant"]
-    turn_of = dict(zip(replies[len(replies) - len(t.turns) :], range(len(t.turns))))
+    turn_of = t.turn_of()
     for i, message in enumerate(t.messages):
         said = list(report.spoken_in(message))
         for label, text in said[:-1]:
