@@ -217,7 +217,7 @@ def tokens_by_turn(record: Record, settings: Mapping[str, Any]) -> list[list[Tok
 def importance_weights(
     old: Sequence[float], rollout: Sequence[float], settings: Mapping[str, Any]
 ) -> list[float] | list[None]:
-    """The weight of each of these tokens of one trajectory in train.grpo_loss; None if the settings do not say how."""
+    """The weight of each of these tokens of one trajectory in train.grpo_loss; each None if settings do not say how."""
     if not {"importance_cap", "sequence_low", "sequence_high"} <= settings.keys():
         return [None] * len(old)
     import torch  # takes seconds, which a list of episodes need not wait for

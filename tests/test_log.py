@@ -122,6 +122,11 @@ def test_a_reader_who_has_seen_enough_is_no_error():
     assert run_script("x", broken, []) == 1
 
 
+@pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (1, 1)])
+def test_a_script_ends_with_what_its_body_says(returned, status):
+    assert run_script("script", lambda argv: returned, []) == status
+
+
 def test_a_file_is_whole_or_what_it_was(tmp_path):
     path = tmp_path / "rows.jsonl"
 

@@ -298,7 +298,8 @@ def test_the_summary_of_what_is_finished(ran, played):
 
 
 def write_evaluation(part, reward):
-    """What a part of a study leaves behind: two tasks whose one check passes or fails with the reward."""
+    """What a part of a study leaves behind: four tasks whose one check passes or fails with the reward, and of a
+    demo the same for RFT, and GRPO that solves them all."""
     folder = part.proof.parent if part.what != "demo" else part.proof.parent / "eval-rft"
     for place in (folder, *([folder.with_name("eval-grpo")] if part.what == "demo" else [])):
         place.mkdir(parents=True)
