@@ -48,7 +48,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "courier": Recipe(
         world="",
-        model="--layers 10 --hidden 640 --heads 20",
+        model="--layers 11 --hidden 640 --heads 20",
         demonstrations=tuple(f"--agent flawed --seed {seed}" for seed in range(4)),
         sft="--dtype bfloat16 --lr 8e-4 --batch-size 128 --epochs 6 --micro-batch-tokens 49152",
         grpo="--dtype bfloat16 --engine-mem 0.3 --lr 3e-5 --tasks 264 --tasks-per-step 16 --group-size 8 "
