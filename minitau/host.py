@@ -1,15 +1,22 @@
-"""The host's own memory, which a checkpoint's copy takes: what is left of it, and how it is given back. It knows Linux;
-elsewhere nothing is known to be left.
+"""The host's own memory, which a checkpoint's copy takes: what is left of it, how it is filled, how it is given back.
+It knows Linux; elsewhere nothing is known to be left.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-SHARE = 0.5  # part of what is free that a copy may take: others want some too
+import torch
+from torch import Tensor
+
+SHARE = 0.5  # part of what is free that a copy may take, and of the cores while it is made: others want some too
+HOP = 64 << 20  # bytes of each of the two pinned buffers through which a GPU's tensors come
 
 
 def free(root: Path = Path("/")) -> int:
@@ -45,6 +52,64 @@ def left_of_limits(top: Path, path: str, limit: str, used: str, total: str) -> I
 def named(path: Path) -> dict[str, int]:
     """The numbers of a file of the kernel's with a name and a number a line."""
     return {words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1}
+
+
+def fill(places: Sequence[Tensor], tensors: Sequence[Tensor], processes: int) -> None:
+    """Copy tensors, of this host or of a GPU, to their places in this memory, which are contiguous and not pinned.
+
+    `processes` of this host do it at the same time, and share the cores that it may take.
+    """
+    of_gpu = []
+    for place, tensor in zip(places, tensors):
+        if tensor.is_cuda:
+            of_gpu.append((place, tensor))
+        else:
+            place.copy_(tensor)
+    if not of_gpu:
+        return
+    threads, cores = torch.get_num_threads(), int(SHARE * len(os.sched_getaffinity(0))) // processes
+    torch.set_num_threads(max(1, cores))  # of this thread's operations; torchrun allows one
+    try:
+        hop(of_gpu)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def hop(of_gpu: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy a GPU's tensors to their places, through two pinned buffers: the GPU fills one while cores empty the other,
+    which for the most part is to be given new pages.
+
+    What a GPU copies into such places itself takes one core's time for that, and all other Python threads stand still
+    until a tensor is there. To pin the places takes as long.
+    """
+    buffers = itertools.cycle([torch.empty(HOP, dtype=torch.uint8, pin_memory=True) for _ in range(2)])
+    on_the_way: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(
+        torch.cuda.current_stream()
+    )  # what was computed there is copied; what comes after is not waited for
+
+    def land() -> None:
+        place, buffer, arrived = on_the_way.popleft()
+        arrived.synchronize()
+        place.copy_(buffer)
+
+    with torch.cuda.stream(stream):
+        for place, piece in pieces(of_gpu):
+            if len(on_the_way) == 2:
+                land()
+            buffer = next(buffers)[: len(piece)]
+            buffer.copy_(piece, non_blocking=True)
+            on_the_way.append((place, buffer, stream.record_event()))
+        while on_the_way:
+            land()
+
+
+def pieces(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The bytes of either, at most HOP at a time."""
+    for place, tensor in pairs:
+        there, here = (flat.view(-1).view(torch.uint8) for flat in (place, tensor.contiguous()))
+        yield from zip(there.split(HOP), here.split(HOP))
 
 
 def trim() -> None:

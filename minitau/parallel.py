@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -34,6 +33,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+
+from minitau import host
 
 # A single process saves without a process group on purpose; torch warns each time that it guesses so.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -378,9 +379,9 @@ class Broadcast:
             self.group = None
 
 
-def local(parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a parameter, to be changed in place: all of it at world size 1."""
-    whole = parameter.detach()
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a parameter or a tensor like one, to be changed in place: all of it at world size 1."""
+    whole = tensor.detach()
     return whole.to_local() if isinstance(whole, DTensor) else whole
 
 
@@ -394,14 +395,26 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     return state
 
 
+@torch.no_grad()
 def copy_on_host(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy of what state_of gave, in this host's memory. Not pinned: to pin takes as long as to copy. Other threads
-    stand still while one tensor is copied, and have their turn before the next."""
-    stager = DefaultStager(StagingOptions(*[False] * 4))
-    try:
-        return stager.stage(state)
-    finally:
-        stager.close()
+    """A copy of what state_of gave, in this host's memory, each rank its shards. Other threads go on meanwhile."""
+    places, tensors = [], []
+
+    def placed(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: placed(each) for key, each in item.items()}
+        if isinstance(item, list):
+            return [placed(each) for each in item]
+        if not isinstance(item, Tensor):
+            return item
+        place = torch.empty_like(item, device="cpu", memory_format=torch.contiguous_format)
+        places.append(local(place))
+        tensors.append(local(item))
+        return place
+
+    copy = placed(state)
+    host.fill(places, tensors, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return copy
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
@@ -416,7 +429,7 @@ def weights_on_main(weights: dict[str, Tensor], dtype: torch.dtype) -> Iterator[
     """(name, whole tensor) on rank 0, in its own memory, one at a time; on the other ranks, which all must iterate to
     the end, an empty one. For the thread of checkpoints: no GPU takes part, whose collectives are the main thread's."""
     for name, tensor in weights.items():
-        part = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().cpu().to(dtype)
+        part = local(tensor).cpu().to(dtype)
         yield name, collected(part, tensor.shape) if isinstance(tensor, DTensor) else part
 
 

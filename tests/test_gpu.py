@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import FAKE_SGLANG, FOR_THE_FAKE
 
-from minitau import pretrained
+from minitau import host, pretrained
 from minitau.attention import causal_sdpa, packed_attention
 from minitau.chat import load_chat
 from minitau.engines.local import LocalEngine
@@ -44,6 +44,32 @@ def test_varlen_attention_equals_one_sdpa_a_sequence():
     assert relative(out, exact) < 1e-2
     for rounded, precise in zip(half, (q, k, v)):
         assert relative(rounded.grad, precise.grad) < 2e-2
+
+
+def test_tensors_come_into_the_hosts_memory_through_pinned_buffers(monkeypatch):
+    """Whatever their sizes are, and what is written over them afterwards does not matter."""
+    monkeypatch.setattr(host, "HOP", 1 << 10)
+    shapes = [(3, 1000), (), (0, 7), (256,), (257, 3)]
+    tensors = [torch.randn(shape, device="cuda") for shape in shapes]
+    tensors += [torch.randn(20, 30, device="cuda").t(), torch.arange(999, device="cuda").bfloat16(), torch.ones(5)]
+    wanted = [tensor.cpu().clone() for tensor in tensors]
+    places = [torch.full(tensor.shape, -1, dtype=tensor.dtype) for tensor in tensors]
+    threads = torch.get_num_threads()
+    host.fill(places, tensors, 1)
+    for tensor in tensors:
+        tensor.zero_()
+    assert all(torch.equal(place, tensor) for place, tensor in zip(places, wanted))
+    assert torch.get_num_threads() == threads
+
+
+def test_what_was_begun_on_the_gpu_is_waited_for():
+    big, tensor = torch.randn(8192, 8192, device="cuda"), torch.zeros(1 << 20, device="cuda")
+    for _ in range(20):
+        big = big @ big / big.norm()
+    tensor += 1 + 0 * big.flatten()[: len(tensor)].nan_to_num()  # some tenths of a second from now
+    place = torch.empty(tensor.shape)
+    host.fill([place], [tensor], 1)
+    assert bool((place == 1).all())
 
 
 def test_compiled_recomputed_and_eager_gradients_agree():

@@ -1,4 +1,4 @@
-"""What the host's memory has left, and that what is freed goes back."""
+"""What the host's memory has left, how it is filled, and that what is freed goes back."""
 
 import os
 from pathlib import Path
@@ -42,6 +42,22 @@ def test_what_a_limit_of_control_groups_of_version_1_leaves(tmp_path):
 def resident() -> int:
     """Bytes of this process in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_tensors_are_copied_byte_by_byte(monkeypatch):
+    """On a GPU in pieces: see test_gpu.py."""
+    monkeypatch.setattr(host, "HOP", 1 << 10)
+    tensors = [torch.randn(3, 1000), torch.tensor(7.0), torch.randn(0, 5), torch.randn(20, 30).t(), torch.arange(512)]
+    places = [torch.full(tensor.shape, -1, dtype=tensor.dtype) for tensor in tensors]
+    host.fill(places, tensors, 1)
+    assert all(torch.equal(place, tensor) for place, tensor in zip(places, tensors))
+    pieces = list(host.pieces(list(zip(places, tensors))))
+    assert [len(there) for there, _ in pieces] == [1024] * 11 + [736, 4, 0, 1024, 1024, 352] + [1024] * 4
+    for place in places:
+        place.zero_()
+    for there, here in pieces:
+        there.copy_(here)
+    assert all(torch.equal(place, tensor) for place, tensor in zip(places, tensors))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="no /proc")
