@@ -359,7 +359,7 @@ ENV_DEFAULTS: dict[str, dict[str, Any]] = {
 # tau2-4b: the settings of the published pipeline.
 TAU2_TRAINING = {"dtype": "bfloat16", "micro_batch_tokens": 32_768}
 TAU2_EPISODES = {"env": "tau2", "max_new_tokens": 4096, "engine": "sglang"}
-RARELY_SAVED = {"save_every": 50}  # steps take some seconds, and no rollout hides the copy of a 4B model
+RARELY_SAVED = {"save_every": 50}  # steps take some seconds, and a 4B model is a minute on its way to the disk
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "courier": {"sft": {}, "rft": {}, "grpo": {}},
     "tau2-4b": {

@@ -39,8 +39,8 @@ EVICTED = 3.5  # times what a cache has no room for is lost: see `part_lost`
 SYNC = 8.04e9 / 0.067  # bytes/s to a server: benchmarks/engine.py, one GPU
 GATHER = 4.02e9 / 0.012  # bytes/s that a GPU gets of others' FSDP2 shards: the same, two GPUs with NVLink
 SEVERAL = 0.95  # of one GPU's speed where FSDP2 moves weights and gradients: benchmarks/trainer.py, two GPUs
-COPY = 24.1e9 / 18.4  # bytes/s of a rank's weights and optimizer to the host: benchmarks/checkpoints.py, two ranks
-DISK = 56.3e9 / 46.0  # bytes/s of a checkpoint from there, all ranks together: the same, one machine's disk
+COPY = 24.1e9 / 4.2  # bytes/s of a rank's weights and optimizer to the host: benchmarks/checkpoints.py, two ranks
+DISK = 56.3e9 / 51.1  # bytes/s of a checkpoint from there, all ranks together: the same, one machine's disk
 # Not measured yet:
 RESERVED = 0.6e9  # bytes of a GPU that its driver keeps
 CONTEXT = 0.5e9  # of each process that uses a GPU
