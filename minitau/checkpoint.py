@@ -90,7 +90,7 @@ def begin(
     def copy_and_write(copied: Callable[[], None]) -> Path:
         kept = shards
         if copy_fits(model):
-            kept = parallel.copy_on_host(shards)
+            kept = copy_on_host(shards)
             copied()
         return write(run_dir, step, lambda folder: fill(folder, kept), keep)
 
@@ -104,6 +104,13 @@ def copy_fits(model: Qwen3) -> bool:
     mine = (memory.MASTER + memory.ADAM) * sum(parallel.local(each).numel() for each in model.parameters())
     found = parallel.gather((mine, host.free()), beside="checkpoint")
     return sum(size for size, _ in found) <= host.SHARE * min(free for _, free in found)
+
+
+def copy_on_host(shards: dict[str, Any]) -> dict[str, Any]:
+    """A copy of what parallel.state_of gave, in this host's memory. Other threads go on meanwhile."""
+    copy, pairs = parallel.places_on_host(shards)
+    host.fill(pairs, parallel.ranks_here())
+    return copy
 
 
 def wait_until_copied() -> None:

@@ -54,17 +54,15 @@ def named(path: Path) -> dict[str, int]:
     return {words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1}
 
 
-def fill(places: Sequence[Tensor], tensors: Sequence[Tensor], processes: int) -> None:
-    """Copy tensors, of this host or of a GPU, to their places in this memory, which are contiguous and not pinned.
+def fill(pairs: Sequence[tuple[Tensor, Tensor]], processes: int) -> None:
+    """Copy to each place, which is contiguous and stands in this memory, not pinned, its tensor, of a GPU or not.
 
     `processes` of this host do it at the same time, and share the cores that it may take.
     """
-    of_gpu = []
-    for place, tensor in zip(places, tensors):
-        if tensor.is_cuda:
-            of_gpu.append((place, tensor))
-        else:
+    for place, tensor in pairs:
+        if not tensor.is_cuda:
             place.copy_(tensor)
+    of_gpu = [pair for pair in pairs if pair[1].is_cuda]
     if not of_gpu:
         return
     threads, cores = torch.get_num_threads(), int(SHARE * len(os.sched_getaffinity(0))) // processes
@@ -76,8 +74,8 @@ def fill(places: Sequence[Tensor], tensors: Sequence[Tensor], processes: int) ->
 
 
 def hop(of_gpu: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy a GPU's tensors to their places, through two pinned buffers: the GPU fills one while cores empty the other,
-    which for the most part is to be given new pages.
+    """Copy a GPU's tensors through two pinned buffers: it fills one while cores empty the other, which is for the most
+    part to be given new pages.
 
     What a GPU copies into such places itself takes one core's time for that, and all other Python threads stand still
     until a tensor is there. To pin the places takes as long.

@@ -34,8 +34,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from minitau import host
-
 # A single process saves without a process group on purpose; torch warns each time that it guesses so.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -51,6 +49,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def ranks_here() -> int:
+    """How many ranks run on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
@@ -395,10 +398,10 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     return state
 
 
-@torch.no_grad()
-def copy_on_host(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy of what state_of gave, in this host's memory, each rank its shards. Other threads go on meanwhile."""
-    places, tensors = [], []
+def places_on_host(state: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Tensor, Tensor]]]:
+    """The like of what state_of gave, whose tensors stand in this host's memory and hold nothing yet; and of each its
+    own part there with the one that belongs in it."""
+    pairs = []
 
     def placed(item: Any) -> Any:
         if isinstance(item, dict):
@@ -408,13 +411,10 @@ def copy_on_host(state: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(item, Tensor):
             return item
         place = torch.empty_like(item, device="cpu", memory_format=torch.contiguous_format)
-        places.append(local(place))
-        tensors.append(local(item))
+        pairs.append((local(place), local(item)))
         return place
 
-    copy = placed(state)
-    host.fill(places, tensors, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return copy
+    return placed(state), pairs
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:

@@ -372,7 +372,7 @@ def test_what_fails_on_one_rank_alone_ends_it_at_once(tmp_path, monkeypatch):
     def fail(state):
         raise RuntimeError("no room after all")
 
-    monkeypatch.setattr(parallel, "copy_on_host", fail)
+    monkeypatch.setattr(checkpoint, "copy_on_host", fail)
     net, optimizer = new_run()
     begin(tmp_path, 1, net, optimizer)
     checkpoint.UNDER_WAY[0].join()

@@ -49,15 +49,16 @@ def test_tensors_are_copied_byte_by_byte(monkeypatch):
     monkeypatch.setattr(host, "HOP", 1 << 10)
     tensors = [torch.randn(3, 1000), torch.tensor(7.0), torch.randn(0, 5), torch.randn(20, 30).t(), torch.arange(512)]
     places = [torch.full(tensor.shape, -1, dtype=tensor.dtype) for tensor in tensors]
-    host.fill(places, tensors, 1)
-    assert all(torch.equal(place, tensor) for place, tensor in zip(places, tensors))
-    pieces = list(host.pieces(list(zip(places, tensors))))
+    pairs = list(zip(places, tensors))
+    host.fill(pairs, 1)
+    assert all(torch.equal(place, tensor) for place, tensor in pairs)
+    pieces = list(host.pieces(pairs))
     assert [len(there) for there, _ in pieces] == [1024] * 11 + [736, 4, 0, 1024, 1024, 352] + [1024] * 4
     for place in places:
         place.zero_()
     for there, here in pieces:
         there.copy_(here)
-    assert all(torch.equal(place, tensor) for place, tensor in zip(places, tensors))
+    assert all(torch.equal(place, tensor) for place, tensor in pairs)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="no /proc")
