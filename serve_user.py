@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from minitau import cli, config, parallel, pretrained
-from minitau.chat import Chat, without_thought
+from minitau.chat import Chat, thought_and_reply
 from minitau.conversations import read_message
 from minitau.engines import open_engine
 from minitau.engines.launch import ENVIRONMENT, command_line
@@ -84,7 +84,8 @@ def complete(body: Any, cfg: config.Server, chat: Chat, engine: Engine) -> dict[
 
 def choice(action: Action, cut: bool) -> dict[str, Any]:
     """What the model said, as OpenAI puts it. A malformed tool call is passed on as the text it is."""
-    message: dict[str, Any] = {"role": "assistant", "content": without_thought(action.text)}
+    _, reply = thought_and_reply(action.text)
+    message: dict[str, Any] = {"role": "assistant", "content": reply}
     if action.calls:
         # tau2 allows words or calls, never both.
         message = {"role": "assistant", "content": None, "tool_calls": []}

@@ -194,7 +194,8 @@ class Chat:
     def parse_text(self, text: str, names: set[str] | None) -> Action:
         """The action that `text` is, of the tools of these names, or of any. Raises MalformedReply with what to tell
         the agent."""
-        spoken, calls = read_reply(without_thought(text, self.opens_thought))
+        _, reply = thought_and_reply(text, self.opens_thought)
+        spoken, calls = read_reply(reply)
         if self.dialect == "single-call":
             return single_call(calls, names)
         for call in calls:
@@ -229,14 +230,15 @@ def check_name(call: Call, names: set[str] | None) -> None:
         raise MalformedReply(f"there is no tool {call.name!r}; the tools are: {', '.join(sorted(names))}")
 
 
-def without_thought(text: str, opened: bool = False) -> str:
-    """The reply behind its thought, if it begins with one or, `opened`, in one; a </think> inside a call is only
+def thought_and_reply(text: str, opened: bool = False) -> tuple[str, str]:
+    """The thought and the reply behind it, if it begins with one or, `opened`, in one; a </think> inside a call is only
     text."""
     end = text.find(THOUGHT_END)
     call = text.find(OPEN)
     if end < 0 or (0 <= call < end and not opened and not text.lstrip().startswith(THOUGHT)):
-        return text
-    return text[end + len(THOUGHT_END) :]
+        return "", text
+    behind = end + len(THOUGHT_END)
+    return text[:behind], text[behind:]
 
 
 def read_reply(text: str) -> tuple[str, tuple[Call, ...]]:

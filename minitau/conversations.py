@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitau.chat import MalformedReply, read_reply, without_thought
+from minitau.chat import MalformedReply, read_reply, thought_and_reply
 from minitau.episode import BadInput, Call, Message, Opening
 
 # The names of the four roles, and those that ShareGPT, LLaMA-Factory, ms-swift and OpenAI give them.
@@ -231,11 +231,11 @@ def with_calls(message: Message, tools: set[str]) -> Message:
     """
     if message.role != "assistant" or message.calls:
         return message
-    reply = without_thought(message.content)
-    # What stands in a thought was not called. It keeps what is between it and the words.
-    thought = "" if reply == message.content else message.content[: len(message.content) - len(reply.lstrip())]
+    thought, reply = thought_and_reply(message.content)  # what stands in a thought was not called
     if "<tool_call>" not in reply:
         return message
+    if thought:
+        thought += reply[: len(reply) - len(reply.lstrip())]  # it keeps what is between it and the words
     try:
         words, calls = read_reply(reply)
     except MalformedReply:
