@@ -7,7 +7,7 @@ with SGLANG="python -m sglang.launch_server --attention-backend triton", because
 the small world that comes with minitau, and its demonstrator makes mistakes; `retail` is tau2-bench's, with the
 scripted customer, and its demonstrations are right. Every command is shown on stderr as it would be typed; what is done
 is not done again. Draws DIR/curve.png, and prints one JSON object: of both stages the steps and seconds, and of GRPO's
-reward the mean of its first and last ten steps, and by how much a line through all steps rises.
+reward the first and the last, the mean of the first and last ten steps, and by how much a line through all rises.
 
 `--shape tiny --engine-command "env PYTHONPATH=. python tests/fake_sglang.py"` runs the same on a CPU, to see that it
 works.
@@ -120,10 +120,12 @@ def report(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"parameters": memory.parameters(pretrained.read_config(out / "model"))}
     for stage, lines in steps.items():
         found[stage] = {"steps": len(lines), "seconds": sum(line["seconds"]["total"] for line in lines)}
-    found["grpo"]["episodes"] = sum(line["episodes"] for line in steps["grpo"])
+    episodes = [line["episodes"] for line in steps["grpo"]]
+    found["grpo"] |= {"episodes": sum(episodes), "fewest_a_step": min(episodes), "most_a_step": max(episodes)}
     rewards = [line["reward"] for line in steps["grpo"]]
+    ends = {"first": rewards[0], "last": rewards[-1]}
     means = {f"first_{ENDS}": statistics.fmean(rewards[:ENDS]), f"last_{ENDS}": statistics.fmean(rewards[-ENDS:])}
-    return found | {"reward": means | rise(rewards)}
+    return found | {"reward": ends | means | rise(rewards)}
 
 
 def rise(values: Sequence[float]) -> dict[str, float]:

@@ -7,8 +7,8 @@ makes a random Qwen3-4B, starts serve_user.py on them, runs `torchrun --nproc_pe
 --preset tau2-4b` for a few steps of 16 tasks x 4 attempts, and prints one JSON object. Of each step: its seconds by
 part, those of an episode by whom it waits for, the GPUs' memory, what the conversations were like, and what --dry-run
 computes for such conversations. It is written to DIR/whole_step.json after every step. What follows `--` goes to
-train.py. After the last step that was asked for the run is interrupted: what a checkpoint takes is measured by
-benchmarks/checkpoints.py.
+train.py. After the last step that was asked for the run is interrupted, without the checkpoint of the end; `--
+--save-every 2` makes some before it, and benchmarks/checkpoints.py measures all that one takes.
 
 The model knows nothing; what it says is noise of the right length. Its tokenizer is trained on tau2-bench and filled up
 with pairs of its own tokens to the model's vocabulary, so that whatever is sampled is text, and the embedding of the

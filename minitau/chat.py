@@ -231,8 +231,8 @@ def check_name(call: Call, names: set[str] | None) -> None:
 
 
 def thought_and_reply(text: str, opened: bool = False) -> tuple[str, str]:
-    """The thought and the reply behind it, if it begins with one or, `opened`, in one; a </think> inside a call is only
-    text."""
+    """The thought that `text` begins with or, `opened`, in ("" if with none), and the reply behind it. A </think>
+    inside a call is only text."""
     end = text.find(THOUGHT_END)
     call = text.find(OPEN)
     if end < 0 or (0 <= call < end and not opened and not text.lstrip().startswith(THOUGHT)):

@@ -109,7 +109,7 @@ def copy_fits(model: Qwen3) -> bool:
 def copy_on_host(shards: dict[str, Any]) -> dict[str, Any]:
     """A copy of what parallel.state_of gave, in this host's memory. Other threads go on meanwhile."""
     copy, pairs = parallel.places_on_host(shards)
-    host.fill(pairs, parallel.ranks_here())
+    host.copy_into(pairs, parallel.ranks_here())
     return copy
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SHARE = 0.5  # part of what is free that a copy may take, and of the cores while it is made: others want some too
+SHARE = 0.5  # part of what is free that a copy may take: others want some too
+CORES = 0.5  # part of this host's cores that are at it meanwhile
 HOP = 64 << 20  # bytes of each of the two pinned buffers through which a GPU's tensors come
 
 
@@ -54,10 +55,10 @@ def named(path: Path) -> dict[str, int]:
     return {words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1}
 
 
-def fill(pairs: Sequence[tuple[Tensor, Tensor]], processes: int) -> None:
-    """Copy to each place, which is contiguous and stands in this memory, not pinned, its tensor, of a GPU or not.
+def copy_into(pairs: Sequence[tuple[Tensor, Tensor]], processes: int) -> None:
+    """Copy to the first of each pair, contiguous and in this memory, not pinned, the second, of a GPU or not.
 
-    `processes` of this host do it at the same time, and share the cores that it may take.
+    `processes` of this host do it at the same time, and share CORES.
     """
     for place, tensor in pairs:
         if not tensor.is_cuda:
@@ -65,8 +66,8 @@ def fill(pairs: Sequence[tuple[Tensor, Tensor]], processes: int) -> None:
     of_gpu = [pair for pair in pairs if pair[1].is_cuda]
     if not of_gpu:
         return
-    threads, cores = torch.get_num_threads(), int(SHARE * len(os.sched_getaffinity(0))) // processes
-    torch.set_num_threads(max(1, cores))  # of this thread's operations; torchrun allows one
+    threads, cores = torch.get_num_threads(), int(CORES * len(os.sched_getaffinity(0))) // processes
+    torch.set_num_threads(max(1, cores))  # torchrun allows one; of this thread, and of those that begin meanwhile
     try:
         hop(of_gpu)
     finally:
@@ -77,15 +78,15 @@ def hop(of_gpu: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Copy a GPU's tensors through two pinned buffers: it fills one while cores empty the other, which is for the most
     part to be given new pages.
 
-    What a GPU copies into such places itself takes one core's time for that, and all other Python threads stand still
-    until a tensor is there. To pin the places takes as long.
+    If a GPU copies into such places itself one core does that, a fifth as fast, and all other Python threads stand
+    still until a tensor is there; to pin the places takes as long.
     """
     buffers = itertools.cycle([torch.empty(HOP, dtype=torch.uint8, pin_memory=True) for _ in range(2)])
     on_the_way: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
     stream = torch.cuda.Stream()
-    stream.wait_stream(
-        torch.cuda.current_stream()
-    )  # what was computed there is copied; what comes after is not waited for
+    # What is to be copied was computed on the default stream, this thread's current one as it is the training's. What
+    # comes there afterwards is not waited for.
+    stream.wait_stream(torch.cuda.current_stream())
 
     def land() -> None:
         place, buffer, arrived = on_the_way.popleft()

@@ -30,13 +30,14 @@ PEAK_FLOPS = 989e12  # dense bf16 of either, datasheet
 MFU_KEPT = 0.539  # benchmarks/trainer.py --parts speed, one GPU, 16k tokens, nothing recomputed; AdamW is in it
 MFU_RECOMPUTED = 0.442  # the same, every block recomputed
 MFU_FORWARD = 0.62  # of log-probabilities: benchmarks/whole_step.py, on two GPUs
-DECODE = 0.98  # part of the bandwidth at which SGLang 0.5.16 reads weights and cache: 5.7k tokens/s, 64 at once of 4.7k
-PREFILL = 0.426  # part of the peak, for 2 FLOP a weight of the blocks: 58k tokens/s, same server (with decoding: 4.7k
-# output tokens/s at 512 in, 256 out)
+# Of SGLang 0.5.16 on one H200, seen once by hand: 64 at once, each of 4096 cached and 512 new tokens, say 256.
+DECODE = 0.98  # part of the bandwidth at which it reads weights and cache: 5.7k tokens/s
+PREFILL = 0.426  # part of the peak, for 2 FLOP a weight of the blocks: 58k tokens/s; 4.7k are said a second with both
 SHARED = 2.4  # times as long as alone takes a reply beside customers' servers on the same GPUs, and
 LATENCY = 0.26  # seconds more: by how long an episode waited for its replies in seven steps of benchmarks/whole_step.py
 EVICTED = 3.5  # times what a cache has no room for is lost: see `part_lost`
 SYNC = 8.04e9 / 0.067  # bytes/s to a server: benchmarks/engine.py, one GPU
+PROBE = 0.45  # seconds to see that weights arrived: benchmarks/whole_step.py, two GPUs; see minitau/probe.py
 GATHER = 4.02e9 / 0.012  # bytes/s that a GPU gets of others' FSDP2 shards: the same, two GPUs with NVLink
 SEVERAL = 0.95  # of one GPU's speed where FSDP2 moves weights and gradients: benchmarks/trainer.py, two GPUs
 COPY = 24.1e9 / 4.2  # bytes/s of a rank's weights and optimizer to the host: benchmarks/checkpoints.py, two ranks

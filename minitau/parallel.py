@@ -406,8 +406,8 @@ def places_on_host(state: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Te
     def placed(item: Any) -> Any:
         if isinstance(item, dict):
             return {key: placed(each) for key, each in item.items()}
-        if isinstance(item, list):
-            return [placed(each) for each in item]
+        if isinstance(item, (list, tuple)):
+            return type(item)(placed(each) for each in item)
         if not isinstance(item, Tensor):
             return item
         place = torch.empty_like(item, device="cpu", memory_format=torch.contiguous_format)

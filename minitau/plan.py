@@ -125,8 +125,8 @@ def sync(case: Case) -> Part:
     seconds, how = size / pace.SYNC, f"{gb(size)} / {gb(pace.SYNC)}/s to the server"
     if case.ranks > 1:
         theirs = size * (case.ranks - 1) / case.ranks
-        seconds, how = seconds + theirs / pace.GATHER, f"{how}, and {gb(theirs)} / {gb(pace.GATHER)}/s to gather shards"
-    return Part("weight sync", seconds, how)
+        seconds, how = seconds + theirs / pace.GATHER, f"{how}, {gb(theirs)} / {gb(pace.GATHER)}/s to gather shards"
+    return Part("weight sync", seconds + pace.PROBE, f"{how}, {pace.PROBE:g} s to see that they arrived")
 
 
 def state_bytes(shape: ModelConfig) -> int:

@@ -55,7 +55,7 @@ def test_tensors_come_into_the_hosts_memory_through_pinned_buffers(monkeypatch):
     wanted = [tensor.cpu().clone() for tensor in tensors]
     places = [torch.full(tensor.shape, -1, dtype=tensor.dtype) for tensor in tensors]
     threads = torch.get_num_threads()
-    host.fill(list(zip(places, tensors)), 1)
+    host.copy_into(list(zip(places, tensors)), 1)
     for tensor in tensors:
         tensor.zero_()
     assert all(torch.equal(place, tensor) for place, tensor in zip(places, wanted))
@@ -68,7 +68,7 @@ def test_what_was_begun_on_the_gpu_is_waited_for():
         big = big @ big / big.norm()
     tensor += 1 + 0 * big.flatten()[: len(tensor)].nan_to_num()  # some tenths of a second from now
     place = torch.empty(tensor.shape)
-    host.fill([(place, tensor)], 1)
+    host.copy_into([(place, tensor)], 1)
     assert bool((place == 1).all())
 
 

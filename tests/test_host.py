@@ -50,7 +50,7 @@ def test_tensors_are_copied_byte_by_byte(monkeypatch):
     tensors = [torch.randn(3, 1000), torch.tensor(7.0), torch.randn(0, 5), torch.randn(20, 30).t(), torch.arange(512)]
     places = [torch.full(tensor.shape, -1, dtype=tensor.dtype) for tensor in tensors]
     pairs = list(zip(places, tensors))
-    host.fill(pairs, 1)
+    host.copy_into(pairs, 1)
     assert all(torch.equal(place, tensor) for place, tensor in pairs)
     pieces = list(host.pieces(pairs))
     assert [len(there) for there, _ in pieces] == [1024] * 11 + [736, 4, 0, 1024, 1024, 352] + [1024] * 4

@@ -42,7 +42,9 @@ def test_a_model_goes_from_random_weights_to_a_curve(tmp_path, commands, capsys)
     assert found["grpo"]["steps"] == 2 and found["grpo"]["episodes"] == sum(line["episodes"] for line in lines) > 0
     assert found["grpo"]["seconds"] == pytest.approx(sum(line["seconds"]["total"] for line in lines))
     mean = pytest.approx(statistics.fmean(line["reward"] for line in lines))
-    assert found["reward"] == {"first_10": mean, "last_10": mean}
+    ends = {"first": lines[0]["reward"], "last": lines[1]["reward"]}
+    assert found["reward"] == {**ends, "first_10": mean, "last_10": mean}
+    assert [found["grpo"][name] for name in ("fewest_a_step", "most_a_step")] == sorted(x["episodes"] for x in lines)
     assert found["sft"]["steps"] == 8 and found["seed"] == 3 and found["parameters"] > 100_000
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((tmp_path / "grpo" / "config.json").read_text())
