@@ -49,7 +49,8 @@ from unittest import mock
 import torch
 
 from benchmarks.engine_load import Load, measure_rollout
-from benchmarks.mfu import SHAPES, among, at_least, where
+from benchmarks.flags import among, at_least
+from benchmarks.mfu import SHAPES, where
 from benchmarks.random_run import peak_gb
 from minitau import batch, config, parallel, pretrained, probe, rollout, run, tiny
 from minitau.chat import Chat, load_chat

@@ -32,7 +32,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.mfu import SHAPES, at_least, where
+from benchmarks.flags import at_least
+from benchmarks.mfu import SHAPES, where
 from benchmarks.random_run import free_everything, random_model
 from minitau import checkpoint, parts, pretrained, tiny
 from minitau.episode import BadInput

@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.mfu import at_least, where
+from benchmarks.flags import at_least
+from benchmarks.mfu import where
 from minitau import memory, parts, plot, pretrained
 from minitau.claim import claim_for
 from minitau.files import written_whole

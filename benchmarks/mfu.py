@@ -1,10 +1,9 @@
-"""What the benchmarks at a 4B model's shape share: the shapes, the packed lengths, model FLOPs utilisation, where they
-run, and which of their parts."""
+"""What the benchmarks at a 4B model's shape share: the shapes, the packed lengths, model FLOPs utilisation, and where
+they run."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -19,28 +18,6 @@ def where() -> dict[str, str | int]:
     """What a figure depends on: how many processes compute it, torch, and the GPU if there is one."""
     found: dict[str, str | int] = {"processes": parallel.world_size(), "torch": torch.__version__}
     return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
-
-
-def among(parts: Iterable[str]) -> Callable[[str], list[str]]:
-    """For argparse: names of `parts`, separated by commas."""
-
-    def read(text: str) -> list[str]:
-        if unknown := [name for name in text.split(",") if name not in parts]:
-            raise argparse.ArgumentTypeError(f"there is no {unknown[0]!r}; there are {', '.join(parts)}")
-        return text.split(",")
-
-    return read
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """For argparse: a whole number."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} up")
-        return int(text)
-
-    return read
 
 
 def mfu(shape: ModelConfig, lengths: Sequence[int], seconds: float) -> float:

@@ -37,7 +37,8 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.mfu import LENGTHS, SHAPES, at_least, mfu
+from benchmarks.flags import at_least
+from benchmarks.mfu import LENGTHS, SHAPES, mfu
 from minitau.memory import parameters
 
 WARM_UP = 2

@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.mfu import SHAPES, among, at_least, where
+from benchmarks.flags import among, at_least
+from benchmarks.mfu import SHAPES, where
 from benchmarks.peers import TRAIN
 from benchmarks.random_run import lengths_of
 from minitau.episode import BadInput

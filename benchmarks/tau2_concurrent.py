@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from benchmarks.mfu import at_least
+from benchmarks.flags import at_least
 from minitau import config
 from minitau.envs.tau2 import Tau2
 from minitau.envs.tau2.scripts import script

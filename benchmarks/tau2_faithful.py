@@ -25,7 +25,7 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from benchmarks.mfu import at_least
+from benchmarks.flags import at_least
 from minitau.envs.tau2 import Tau2, Tau2Env
 from minitau.envs.tau2.domain import open_domain
 from minitau.envs.tau2.install import load

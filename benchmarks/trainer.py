@@ -40,7 +40,8 @@ from torch import Tensor
 import train
 from benchmarks import same_numbers
 from benchmarks.engine_load import busy_seconds
-from benchmarks.mfu import SHAPES, among, at_least, mfu, where
+from benchmarks.flags import among, at_least
+from benchmarks.mfu import SHAPES, mfu, where
 from benchmarks.random_run import free_everything, lengths_of, micro_batch, open_run, peak_gb, settings, synchronize
 from minitau import attention, batch, config, memory, parallel, run
 from minitau.head import HeadLogprobs, WeightedLogprobs

@@ -36,7 +36,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.mfu import SHAPES, at_least, where
+from benchmarks.flags import at_least
+from benchmarks.mfu import SHAPES, where
 from benchmarks.random_run import random_model
 from minitau import cli, config, plan, pretrained, tiny
 from minitau.budget import Case

@@ -64,10 +64,11 @@ def test_tensors_come_into_the_hosts_memory_through_pinned_buffers(monkeypatch):
 
 def test_what_was_begun_on_the_gpu_is_waited_for():
     big, tensor = torch.randn(8192, 8192, device="cuda"), torch.zeros(1 << 20, device="cuda")
+    place = torch.empty(tensor.shape)
+    host.copy_into([(place, tensor)], 1)  # its buffers are kept from here on; to pin them may wait for the GPU
     for _ in range(20):
         big = big @ big / big.norm()
     tensor += 1 + 0 * big.flatten()[: len(tensor)].nan_to_num()  # some tenths of a second from now
-    place = torch.empty(tensor.shape)
     host.copy_into([(place, tensor)], 1)
     assert bool((place == 1).all())
 

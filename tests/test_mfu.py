@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import mfu, ratios, same_numbers, trainer
+from benchmarks import flags, mfu, ratios, same_numbers, trainer
 from minitau import pace
 from minitau.episode import BadInput
 from minitau.model import Qwen3
@@ -35,10 +35,10 @@ def test_flops_are_those_of_the_matmuls():
 
 
 def test_a_count_is_a_whole_number_from_somewhere_up():
-    assert mfu.at_least(1)("3") == 3 and mfu.at_least(0)("0") == 0
+    assert flags.at_least(1)("3") == 3 and flags.at_least(0)("0") == 0
     for least, text in ((1, "0"), (0, "-1"), (1, "1.5"), (1, "many")):
         with pytest.raises(argparse.ArgumentTypeError, match=f"is no whole number from {least} up"):
-            mfu.at_least(least)(text)
+            flags.at_least(least)(text)
 
 
 def test_packed_sequences_do_not_look_at_each_other():
@@ -100,7 +100,7 @@ def test_a_peer_sees_one_gpu(monkeypatch):
 
 
 def test_unknown_parts_of_a_benchmark_are_named():
-    read = mfu.among(("sync", "drift"))
+    read = flags.among(("sync", "drift"))
     assert read("drift,sync") == ["drift", "sync"]
     with pytest.raises(argparse.ArgumentTypeError, match="there is no 'drifts'; there are sync, drift"):
         read("sync,drifts")
